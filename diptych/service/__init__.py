@@ -1,0 +1,1 @@
+"""The frame both services stand in: errors, interceptor, settings, lifecycle, logs."""

@@ -1,0 +1,176 @@
+"""One lifecycle for every service: start until SERVING, serve, drain, stop.
+
+The commands and the tests run services through these functions alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Final, Protocol
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from diptych.service.errors import DiptychError
+from diptych.service.interceptor import ErrorInterceptor
+
+LOG = logging.getLogger("diptych.service")
+MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
+SERVER_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.so_reuseport", 0),
+    # Clients may ping every 10 s on an idle connection; anything faster is dropped by grpc's strikes.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 60_000),
+)
+CHANNEL_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+
+
+class Service(Protocol):
+    """What a service implements; `serve` drives it."""
+
+    async def start(self) -> None:
+        """Boot and begin to serve; returns when SERVING."""
+
+    async def drain(self, grace: float) -> None:
+        """Refuse new requests and give running ones `grace` seconds."""
+
+    async def stop(self) -> None:
+        """Free everything; called once, whatever happened before."""
+
+    async def wait_failed(self) -> str:
+        """Returns a reason only if the service can serve no longer."""
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT it listens on, once started."""
+
+
+class GrpcFrame:
+    """A grpc.aio server with health, reflection and our error interceptor."""
+
+    def __init__(self, host: str, port: int, service_name: str) -> None:
+        self._host, self._port = host, port
+        self._service_name = service_name
+        self.health = health.aio.HealthServicer()
+        self.server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        names = (service_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self.server)
+
+    async def start(self) -> str:
+        """Bind and listen; returns HOST:PORT. OSError if the port is taken."""
+        await self.set_serving(False)
+        try:
+            bound = self.server.add_insecure_port(_join(self._host, self._port))
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {_join(self._host, self._port)}: {error}") from error
+        await self.server.start()
+        await self.health.set("", health_pb2.HealthCheckResponse.SERVING)
+        return _join(self._host, bound)
+
+    async def set_serving(self, serving: bool) -> None:
+        """Health of the service by its name; "" says only that the process serves."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        await self.health.set(self._service_name, status)
+
+    async def stop(self, grace: float | None) -> None:
+        """NOT_SERVING everywhere, then stop: running calls get `grace` seconds."""
+        await self.health.enter_graceful_shutdown()
+        await self.server.stop(grace)
+
+
+@contextlib.asynccontextmanager
+async def running(service: Service, grace: float = 0.0) -> AsyncIterator[Service]:
+    """Start a service, drain and stop it at the end."""
+    try:
+        await service.start()
+        yield service
+    finally:
+        try:
+            await service.drain(grace)
+        finally:
+            await service.stop()
+
+
+async def serve(
+    service: Service, grace: float, announce: Callable[[str], None] | None = None
+) -> int:
+    """Run a service until SIGINT, SIGTERM or its failure; returns the exit code (0, or 1 after a failure)."""
+    stopped = asyncio.Event()
+    with _signals(stopped):
+        start = asyncio.create_task(service.start())
+        stop = asyncio.create_task(stopped.wait())
+        try:
+            await asyncio.wait((start, stop), return_when=asyncio.FIRST_COMPLETED)
+            if not start.done():
+                return 0
+            start.result()
+            (announce or _announce)(service.address)
+            return await _until_stopped_or_failed(service, stop)
+        finally:
+            start.cancel()
+            stop.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await start
+            await service.drain(grace)
+            await service.stop()
+
+
+async def _until_stopped_or_failed(service: Service, stop: asyncio.Task[bool]) -> int:
+    failed = asyncio.create_task(service.wait_failed())
+    await asyncio.wait((stop, failed), return_when=asyncio.FIRST_COMPLETED)
+    if failed.done() and not failed.cancelled():
+        LOG.error("stopping: %s", failed.result())
+        return 1
+    failed.cancel()
+    LOG.info("stopping: draining")
+    return 0
+
+
+def run_service(make: Callable[[], Service], grace: float) -> int:
+    """Make and run a service in a fresh event loop; errors at boot go to standard error."""
+
+    async def main() -> int:
+        return await serve(make(), grace)
+
+    try:
+        return asyncio.run(main())
+    except (DiptychError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+@contextlib.contextmanager
+def _signals(stopped: asyncio.Event, signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)):  # type: ignore[no-untyped-def]
+    loop = asyncio.get_running_loop()
+    for number in signals:
+        loop.add_signal_handler(number, stopped.set)
+    try:
+        yield
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+def _announce(address: str) -> None:
+    print(f"listening on {address}", flush=True)
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,167 @@
+"""Settings: a command-line flag = an environment variable (DIPTYCH_…) = a YAML key, validated once.
+
+A flag wins over the environment, the environment over the file (`--config FILE.yaml`), the file over the
+default. One pydantic class per service is the only place where a setting is declared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+ENV_PREFIX: Final = "DIPTYCH_"
+
+
+def _parse_counts(value: object) -> object:
+    """`image=4,video=1` -> {"image": 4, "video": 1}."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part]
+    if not all(separator for _, separator, _ in pairs):
+        raise ValueError(f"{value!r} is not of the form image=4,video=1")
+    return {name.strip(): number for name, _, number in pairs}
+
+
+def _parse_list(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Counts = Annotated[dict[str, Annotated[int, Field(ge=0)]], BeforeValidator(_parse_counts)]
+"""Numbers by name, written `image=4,video=1`."""
+Names = Annotated[tuple[str, ...], BeforeValidator(_parse_list)]
+"""Names, written with commas."""
+
+
+class ServiceSettings(BaseModel):
+    """What both services have in common."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    default_port: ClassVar[int] = 50051
+
+    model: Path = Field(description="checkpoint directory (Hugging Face layout)")
+    served_model_name: str | None = Field(None, description="name clients use; default: the directory's name")
+    plugin: Names = Field((), description="modules with more model families, separated by commas")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(50051, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    limit_mm_per_prompt: Counts = Field(
+        default_factory=dict, description="media items per prompt, e.g. image=4; 1 where not given"
+    )
+    max_image_side: int = Field(8192, ge=1, le=65535, description="longest side of an image in pixels")
+    max_image_pixels: int = Field(64 * 1024 * 1024, ge=1, description="height times width of an image at most")
+    grace_period: float = Field(10.0, ge=0, description="seconds that running requests get when the service stops")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log shown")
+    log_format: Literal["text", "json"] = Field("text", description="one line for people, or one JSON object")
+
+    @property
+    def model_name(self) -> str:
+        """The name clients use."""
+        return self.served_model_name or self.model.resolve().name
+
+
+SettingsT = TypeVar("SettingsT", bound=BaseModel)
+
+
+class SettingsError(Exception):
+    """Settings that do not validate; the message names flag, environment variable and what is allowed."""
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, *classes: type[BaseModel], leave_out: Sequence[str] = ()
+) -> None:
+    """One flag per field, each once however many classes have it; plus --config."""
+    parser.add_argument("--config", metavar="FILE.yaml", help="file with any of these settings, underscores for dashes")
+    done = set(leave_out)
+    for cls in classes:
+        for name, info in cls.model_fields.items():
+            if name not in done:
+                done.add(name)
+                _add_argument(parser, name, info)
+
+
+def load_settings(
+    cls: type[SettingsT], arguments: Mapping[str, Any], environment: Mapping[str, str] | None = None, **fixed: Any
+) -> SettingsT:
+    """Settings from parsed arguments, environment and file; `fixed` values win over all.
+
+    Keys of the file that this class does not have are for the other service only if another settings
+    class has them; the caller passes a file that validates for all its classes.
+    """
+    environment = os.environ if environment is None else environment
+    values = _read_file(arguments.get("config"), cls)
+    for name in cls.model_fields:
+        if (text := environment.get(ENV_PREFIX + name.upper())) is not None:
+            values[name] = text
+        if (argument := arguments.get(name)) is not None:
+            values[name] = argument
+    try:
+        return cls(**{**values, **fixed})
+    except ValidationError as error:
+        raise SettingsError(_explain(error)) from None
+
+
+def describe(settings: BaseModel) -> dict[str, object]:
+    """Every setting and its value, for the log at boot."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in settings}
+
+
+def flag_of(name: str) -> str:
+    """`max_num_seqs` -> `--max-num-seqs`."""
+    return "--" + name.replace("_", "-")
+
+
+def _add_argument(parser: argparse.ArgumentParser, name: str, info: FieldInfo) -> None:
+    text = (info.description or "").replace("%", "%%")
+    default = info.get_default(call_default_factory=True)  # type: ignore[call-arg]
+    shown = "required" if info.is_required() else f"default: {_show(default)}"
+    help_text = f"{text} ({shown}; env {ENV_PREFIX}{name.upper()})"
+    kind = _plain_type(info.annotation)
+    if kind is bool:
+        parser.add_argument(flag_of(name), action=argparse.BooleanOptionalAction, default=None, help=help_text)
+    else:
+        choices = get_args(kind) if get_origin(kind) is Literal else None
+        metavar = None if choices else name.rsplit("_", 1)[-1].upper()
+        parser.add_argument(flag_of(name), choices=choices, metavar=metavar, default=None, help=help_text)
+
+
+def _plain_type(annotation: Any) -> Any:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(inner for inner in get_args(annotation) if inner is not type(None))
+    return annotation
+
+
+def _show(default: object) -> str:
+    if default in (None, (), {}):
+        return "none"
+    return str(default)
+
+
+def _read_file(path: str | None, cls: type[BaseModel]) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        content = yaml.safe_load(Path(path).read_text("utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingsError(f"cannot read --config {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"--config {path}: a mapping of settings is expected")
+    return {str(name).replace("-", "_"): value for name, value in content.items()}
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for entry in error.errors():
+        name = str(entry["loc"][0]) if entry["loc"] else "settings"
+        what = "is required" if entry["type"] == "missing" else f"{entry['msg'].lower()} (got {entry['input']!r})"
+        lines.append(f"{flag_of(name)} (env {ENV_PREFIX}{name.upper()}): {what}")
+    return "; ".join(lines)
+
+
+__all__ = ["ByteSize", "Counts", "Names", "ServiceSettings", "SettingsError", "add_arguments", "load_settings"]

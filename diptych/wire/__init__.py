@@ -1,0 +1,1 @@
+"""Between Python values and the contract's messages: dtypes, media facts, tensors, chunk framing."""

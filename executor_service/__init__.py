@@ -1,0 +1,1 @@
+"""The executor service: tensors and token ids in, token ids out."""

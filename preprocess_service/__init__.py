@@ -1,0 +1,1 @@
+"""The CPU service: turns a multimodal request into tensors and tokens."""

@@ -1,0 +1,79 @@
+"""Which family serves a checkpoint: plugins over entry points over the families in this package."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Final
+
+from registry.context import InputContext
+from registry.errors import RegistryError, UnknownArchitectureError
+from registry.family import ModelFamily
+from registry.hooks import SupportsMultiModal
+from registry.models import BUILT_IN_FAMILIES
+
+ENTRY_POINT_GROUP: Final = "diptych.models"
+
+
+def bind_family(ctx: InputContext, plugins: Sequence[str] = ()) -> ModelFamily:
+    """The family of the checkpoint's architecture, bound to it.
+
+    `plugins` are module names; UnknownArchitectureError lists what is registered.
+    """
+    known = known_families(plugins)
+    if ctx.architecture not in known:
+        raise UnknownArchitectureError(
+            f"no family is registered for architecture {ctx.architecture!r} of {ctx.model_dir}; "
+            f"registered: {', '.join(sorted(known))}"
+        )
+    return ModelFamily(_resolve(known[ctx.architecture]), ctx)
+
+
+def known_families(plugins: Sequence[str] = ()) -> Mapping[str, str | type[SupportsMultiModal]]:
+    """Architecture name -> class, or `"module:Class"` where it has not been imported yet."""
+    known: dict[str, str | type[SupportsMultiModal]] = dict(BUILT_IN_FAMILIES)
+    _add(known, {entry.name: entry.value for entry in entry_points(group=ENTRY_POINT_GROUP)}, "the entry point")
+    for module in plugins:
+        _add(known, _families_of(module), f"the plugin {module}")
+    return known
+
+
+def _add(
+    known: dict[str, str | type[SupportsMultiModal]],
+    more: Mapping[str, str | type[SupportsMultiModal]],
+    source: str,
+) -> None:
+    for architecture, family in more.items():
+        if architecture in known:
+            warnings.warn(f"{architecture} is registered more than once; {source} counts", stacklevel=3)
+        known[architecture] = family
+
+
+def _families_of(module_name: str) -> dict[str, str | type[SupportsMultiModal]]:
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise RegistryError(f"cannot import the plugin {module_name!r}: {error}") from error
+    classes = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, SupportsMultiModal) and value.__module__ == module.__name__
+    ]
+    if not classes:
+        raise RegistryError(f"the plugin {module_name!r} defines no class that implements SupportsMultiModal")
+    return {architecture: cls for cls in classes for architecture in cls.architecture_names()}
+
+
+def _resolve(family: str | type[SupportsMultiModal]) -> type[SupportsMultiModal]:
+    if not isinstance(family, str):
+        return family
+    module_name, _, class_name = family.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise RegistryError(f"cannot load the family {family!r}: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, SupportsMultiModal)):
+        raise RegistryError(f"{family!r} does not implement SupportsMultiModal")
+    return cls

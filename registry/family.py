@@ -1,0 +1,235 @@
+"""A model family bound to a checkpoint: every hook as it takes effect, with its default and its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+
+import numpy as np
+
+from registry.context import InputContext
+from registry.defaults.dummy_data import default_dummy_data
+from registry.defaults.input_mapper import default_input_mapper
+from registry.defaults.input_processor import splice_replacements
+from registry.defaults.max_tokens import find_largest
+from registry.errors import InvalidHookError, MissingHookError, UnknownModalityError
+from registry.hooks import Hooks, SupportsMultiModal, hooks_of
+from registry.inputs import DummyData, ProcessorInputs
+from registry.layout import WIRE_DTYPES, ItemLayout
+from registry.media import MediaInfo, MediaItem, check_modality
+
+
+class ModelFamily:
+    """One family on one checkpoint; what both services work with.
+
+    Making it checks that every hook the family needs is there (MissingHookError names the one that is not).
+    """
+
+    def __init__(self, cls: type[SupportsMultiModal], ctx: InputContext) -> None:
+        self.cls = cls
+        self.ctx = ctx
+        self.hooks: Hooks = hooks_of(cls)
+        self._layouts: dict[MediaInfo, ItemLayout] = {}
+        self._check_complete()
+
+    @property
+    def name(self) -> str:
+        """The family's class name."""
+        return self.cls.__name__
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Modalities the family supports."""
+        return self.hooks.modalities
+
+    def has_layout(self, modality: str) -> bool:
+        """Whether items of `modality` can be planned from headers."""
+        return modality in self.hooks.layouts
+
+    def check_modality(self, modality: str) -> None:
+        """UnknownModalityError unless the family supports `modality`."""
+        check_modality(modality)
+        if modality not in self.modalities:
+            supported = ", ".join(self.modalities) or "none"
+            raise UnknownModalityError(f"{self.name} does not support {modality} items; it supports: {supported}")
+
+    # --- tokens -----------------------------------------------------------------------------------
+
+    def placeholder_token_id(self, modality: str) -> int:
+        """The token that stands for one item before expansion."""
+        return self.cls.placeholder_token_id(self.ctx, modality)
+
+    @cached_property
+    def modality_of_placeholder(self) -> Mapping[int, str]:
+        """Placeholder token id -> modality."""
+        return {self.placeholder_token_id(modality): modality for modality in self.modalities}
+
+    @cached_property
+    def placeholder_texts(self) -> Mapping[str, str]:
+        """Modality -> the text that becomes its placeholder token in a prompt."""
+        tokenizer = self.ctx.tokenizer
+        return {m: str(tokenizer.convert_ids_to_tokens(i)) for i, m in self.modality_of_placeholder.items()}
+
+    @cached_property
+    def feature_token_ids(self) -> frozenset[int]:
+        """Ids that only ever stand inside an item's placeholder range."""
+        largest = (self.find_largest(m, _num_features) for m in self.modalities if self.has_layout(m))
+        runs = (run for info in largest for run in self.layout(info).replacement if run.is_feature)
+        return frozenset(self.modality_of_placeholder) | {run.token_id for run in runs}
+
+    @cached_property
+    def text_token_id(self) -> int:
+        """A token id that is neither special nor a feature: what dummy prompts are padded with."""
+        reserved = set(self.ctx.tokenizer.all_special_ids) | set(self.modality_of_placeholder)
+        return next(token for token in range(self.ctx.vocab_size) if token not in reserved)
+
+    # --- the hooks --------------------------------------------------------------------------------
+
+    def layout(self, info: MediaInfo) -> ItemLayout:
+        """The item's layout; InvalidHookError if the hook breaks its contract."""
+        known = self._layouts.get(info)
+        if known is None:
+            known = self._checked_layout(info)
+            if len(self._layouts) >= 4096:
+                self._layouts.clear()
+            self._layouts[info] = known
+        return known
+
+    def map_item(self, item: MediaItem) -> dict[str, np.ndarray]:
+        """The item's tensors, contiguous, exactly as the layout says; constants are checked and dropped."""
+        hook = self.hooks.input_mappers.get(item.modality) or default_input_mapper
+        arrays = dict(hook(self.ctx, item))
+        if not self.has_layout(item.modality):
+            return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        layout = self.layout(item.info)
+        self._drop_constants(arrays, layout, item.info)
+        return {name: self._match_spec(arrays, name, layout, item.info) for name in layout.tensors}
+
+    def max_tokens(self, modality: str) -> int:
+        """Upper bound of feature tokens per item; InvalidHookError if it is below 1."""
+        self.check_modality(modality)
+        hook = self.hooks.max_tokens.get(modality)
+        if hook is None:
+            number = self.layout(self.find_largest(modality, _num_features)).num_tokens
+        else:
+            number = hook(self.ctx) if callable(hook) else hook
+        if number < 1:
+            raise InvalidHookError(f"{self.name}: the maximum {modality} tokens is {number}; it must be at least 1")
+        return number
+
+    def process(self, inputs: ProcessorInputs) -> ProcessorInputs:
+        """Expand the prompt; see ProcessorInputs."""
+        for info in inputs.media:
+            self.check_modality(info.modality)
+        if self.hooks.input_processor is not None:
+            return self.hooks.input_processor(self.ctx, inputs)
+        return splice_replacements(self, inputs)
+
+    def dummy_data(self, seq_len: int, mm_counts: Mapping[str, int]) -> tuple[ProcessorInputs, list[MediaItem]]:
+        """The registered dummy data, expanded and checked: at least `seq_len` tokens and `mm_counts` items."""
+        hook = self.hooks.dummy_data
+        data = DummyData(*hook(self.ctx, seq_len, mm_counts)) if hook else default_dummy_data(self, seq_len, mm_counts)
+        for modality, count in mm_counts.items():
+            self._check_dummy_count(data, modality, count)
+        inputs = self.process(ProcessorInputs(list(data.prompt_token_ids), [item.info for item in data.items]))
+        if (length := len(inputs.prompt_token_ids)) < seq_len:
+            raise InvalidHookError(f"{self.name}: dummy data has {length} tokens; at least {seq_len} were asked for")
+        return inputs, list(data.items)
+
+    def find_largest(self, modality: str, score: Callable[[ItemLayout], int]) -> MediaInfo:
+        """The media facts whose layout scores highest within the limits."""
+        key = (modality, score.__qualname__)
+        if key not in self._largest:
+            self._largest[key] = find_largest(self.ctx, modality, self.layout, score)
+        return self._largest[key]
+
+    # --- checks -----------------------------------------------------------------------------------
+
+    @cached_property
+    def _largest(self) -> dict[tuple[str, str], MediaInfo]:
+        return {}
+
+    def _check_complete(self) -> None:
+        for modality in self.modalities:
+            if not self.has_layout(modality):
+                self._check_complete_without_layout(modality)
+
+    def _check_complete_without_layout(self, modality: str) -> None:
+        present = {
+            "an input mapper": modality in self.hooks.input_mappers,
+            "the maximum tokens": self.hooks.max_tokens.get(modality) is not None,
+            "dummy data": self.hooks.dummy_data is not None,
+            "an input processor": self.hooks.input_processor is not None,
+        }
+        for what, is_there in present.items():
+            if not is_there:
+                there = ", ".join(name for name, value in present.items() if value) or "nothing"
+                raise MissingHookError(
+                    f"{self.name} has no layout for {modality}, so it must register {what} by hand; "
+                    f"registered: {there}"
+                )
+
+    def _checked_layout(self, info: MediaInfo) -> ItemLayout:
+        self.check_modality(info.modality)
+        hook = self.hooks.layouts.get(info.modality)
+        if hook is None:
+            raise MissingHookError(f"{self.name} has no layout for {info.modality}")
+        layout = hook(self.ctx, info)
+        if layout.length < 1:
+            raise InvalidHookError(f"{self.name}: the layout of {info} has an empty replacement")
+        for name, spec in layout.tensors.items():
+            if spec.dtype not in WIRE_DTYPES:
+                raise InvalidHookError(
+                    f"{self.name}: {name} has dtype {spec.dtype!r}; the wire knows {', '.join(WIRE_DTYPES)}"
+                )
+        return layout
+
+    def _drop_constants(self, arrays: dict[str, np.ndarray], layout: ItemLayout, info: MediaInfo) -> None:
+        for name in layout.constants.keys() & arrays.keys():
+            emitted = _without_batch_axis(arrays.pop(name), layout.constants[name].shape)
+            if not np.array_equal(emitted, layout.constants[name]):
+                raise InvalidHookError(
+                    f"{self.name}: the input mapper's {name} differs from the layout's for {info}: "
+                    f"{emitted.tolist()} instead of {layout.constants[name].tolist()}"
+                )
+        if extra := arrays.keys() - layout.tensors.keys():
+            raise InvalidHookError(
+                f"{self.name}: the input mapper emits {', '.join(sorted(extra))}, which the layout does not name; "
+                f"it names {', '.join(layout.tensors)}"
+            )
+
+    def _match_spec(
+        self, arrays: Mapping[str, np.ndarray], name: str, layout: ItemLayout, info: MediaInfo
+    ) -> np.ndarray:
+        if name not in arrays:
+            raise InvalidHookError(f"{self.name}: the input mapper does not emit {name}, which the layout names")
+        spec = layout.tensors[name]
+        array = _without_batch_axis(np.asarray(arrays[name]), spec.shape)
+        if array.shape != spec.shape or array.dtype.name != spec.dtype:
+            raise InvalidHookError(
+                f"{self.name}: the input mapper's {name} is {array.dtype.name} {list(array.shape)} for {info}; "
+                f"the layout says {spec.dtype} {list(spec.shape)}"
+            )
+        return np.ascontiguousarray(array)
+
+    def _check_dummy_count(self, data: DummyData, modality: str, count: int) -> None:
+        items = sum(item.modality == modality for item in data.items)
+        if items < count:
+            raise InvalidHookError(f"{self.name}: dummy data has {items} {modality} items; {count} were asked for")
+        placeholder = self.placeholder_token_id(modality)
+        placeholders = data.prompt_token_ids.count(placeholder)
+        if placeholders < count:
+            raise InvalidHookError(
+                f"{self.name}: dummy data has {placeholders} {modality} placeholders; {count} were asked for"
+            )
+
+
+def _num_features(layout: ItemLayout) -> int:
+    return layout.num_tokens
+
+
+def _without_batch_axis(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Drop a leading axis of 1 that `shape` does not have."""
+    if array.ndim == len(shape) + 1 and array.shape[0] == 1:
+        return array[0]
+    return array
