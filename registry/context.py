@@ -9,7 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+# By its module: without torch, transformers 5.17 puts a placeholder that always raises at the top level.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from registry.errors import CheckpointError, MediaSizeError, TooManyItemsError
 from registry.media import MediaInfo

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
+from operator import attrgetter
+from typing import Literal
 
 import numpy as np
 
@@ -17,6 +19,9 @@ from registry.hooks import Hooks, SupportsMultiModal, hooks_of
 from registry.inputs import DummyData, ProcessorInputs
 from registry.layout import WIRE_DTYPES, ItemLayout
 from registry.media import MediaInfo, MediaItem, check_modality
+
+Measure = Literal["num_tokens", "length", "num_bytes"]
+"""What a layout is largest in: feature tokens, all tokens, or bytes of its tensors."""
 
 
 class ModelFamily:
@@ -73,7 +78,7 @@ class ModelFamily:
     @cached_property
     def feature_token_ids(self) -> frozenset[int]:
         """Ids that only ever stand inside an item's placeholder range."""
-        largest = (self.find_largest(m, _num_features) for m in self.modalities if self.has_layout(m))
+        largest = (self.find_largest(m, "num_tokens") for m in self.modalities if self.has_layout(m))
         runs = (run for info in largest for run in self.layout(info).replacement if run.is_feature)
         return frozenset(self.modality_of_placeholder) | {run.token_id for run in runs}
 
@@ -110,7 +115,7 @@ class ModelFamily:
         self.check_modality(modality)
         hook = self.hooks.max_tokens.get(modality)
         if hook is None:
-            number = self.layout(self.find_largest(modality, _num_features)).num_tokens
+            number = self.layout(self.find_largest(modality, "num_tokens")).num_tokens
         else:
             number = hook(self.ctx) if callable(hook) else hook
         if number < 1:
@@ -136,11 +141,11 @@ class ModelFamily:
             raise InvalidHookError(f"{self.name}: dummy data has {length} tokens; at least {seq_len} were asked for")
         return inputs, list(data.items)
 
-    def find_largest(self, modality: str, score: Callable[[ItemLayout], int]) -> MediaInfo:
-        """The media facts whose layout scores highest within the limits."""
-        key = (modality, score.__qualname__)
+    def find_largest(self, modality: str, measure: Measure) -> MediaInfo:
+        """The media facts within the limits whose layout has most of `measure`."""
+        key = (modality, measure)
         if key not in self._largest:
-            self._largest[key] = find_largest(self.ctx, modality, self.layout, score)
+            self._largest[key] = find_largest(self.ctx, modality, self.layout, attrgetter(measure))
         return self._largest[key]
 
     # --- checks -----------------------------------------------------------------------------------
@@ -165,8 +170,7 @@ class ModelFamily:
             if not is_there:
                 there = ", ".join(name for name, value in present.items() if value) or "nothing"
                 raise MissingHookError(
-                    f"{self.name} has no layout for {modality}, so it must register {what} by hand; "
-                    f"registered: {there}"
+                    f"{self.name} has no layout for {modality}, so it must register {what} by hand; registered: {there}"
                 )
 
     def _checked_layout(self, info: MediaInfo) -> ItemLayout:
@@ -222,10 +226,6 @@ class ModelFamily:
             raise InvalidHookError(
                 f"{self.name}: dummy data has {placeholders} {modality} placeholders; {count} were asked for"
             )
-
-
-def _num_features(layout: ItemLayout) -> int:
-    return layout.num_tokens
 
 
 def _without_batch_axis(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ LayoutHook = Callable[[InputContext, MediaInfo], ItemLayout]
 InputMapperHook = Callable[[InputContext, MediaItem], Mapping[str, np.ndarray]]
 MaxTokensHook = Callable[[InputContext], int]
 DummyDataHook = Callable[[InputContext, int, Mapping[str, int]], "DummyData"]
+FamilyT = TypeVar("FamilyT", bound="type[SupportsMultiModal]")
 InputProcessorHook = Callable[[InputContext, "ProcessorInputs"], "ProcessorInputs"]
 
 
@@ -51,6 +52,13 @@ class SupportsMultiModal:
             f"{cls.__name__}: the configuration of {ctx.model_dir} has no {modality}_token_id; "
             "override placeholder_token_id in the family"
         )
+
+
+class Decorator(Protocol):
+    """What the registration functions return: it notes the hook and gives the class back."""
+
+    def __call__(self, family: FamilyT, /) -> FamilyT:
+        """Decorate one family."""
 
 
 @dataclass

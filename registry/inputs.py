@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-from registry.hooks import DummyDataHook, InputProcessorHook, SupportsMultiModal, note_registration
+from registry.hooks import Decorator, DummyDataHook, FamilyT, InputProcessorHook, note_registration
 from registry.layout import ItemLayout, PlaceholderRange
 from registry.media import MediaInfo, MediaItem
-
-FamilyT = TypeVar("FamilyT", bound=type[SupportsMultiModal])
-Decorator = Callable[[FamilyT], FamilyT]
 
 
 @dataclass(frozen=True)
@@ -42,19 +39,19 @@ class DummyData(NamedTuple):
 class InputRegistry:
     """Decorators for what concerns the whole prompt."""
 
-    def register_dummy_data(self, dummy_data: DummyDataHook | None = None) -> Decorator[FamilyT]:
+    def register_dummy_data(self, dummy_data: DummyDataHook | None = None) -> Decorator:
         """Register `(ctx, seq_len, mm_counts) -> DummyData`; empty: the sizes with the most features."""
 
-        def decorate(family: FamilyT) -> FamilyT:
+        def decorate(family: FamilyT, /) -> FamilyT:
             note_registration(family, "dummy data").dummy_data = dummy_data
             return family
 
         return decorate
 
-    def register_input_processor(self, processor: InputProcessorHook | None = None) -> Decorator[FamilyT]:
+    def register_input_processor(self, processor: InputProcessorHook | None = None) -> Decorator:
         """Register `(ctx, ProcessorInputs) -> ProcessorInputs`; empty: splice each item's replacement."""
 
-        def decorate(family: FamilyT) -> FamilyT:
+        def decorate(family: FamilyT, /) -> FamilyT:
             note_registration(family, "the input processor").input_processor = processor
             return family
 

@@ -131,5 +131,5 @@ class ItemLayout:
 
     @cached_property
     def feature_mask(self) -> np.ndarray:
-        """bool [length]: which tokens of the replacement stand for a feature."""
+        """Bool [length]: which tokens of the replacement stand for a feature."""
         return np.repeat([run.is_feature for run in self.replacement], [run.count for run in self.replacement])

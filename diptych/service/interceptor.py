@@ -38,9 +38,7 @@ def _wrapped(handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandl
     if handler.response_streaming:
         inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
         make = (
-            grpc.stream_stream_rpc_method_handler
-            if handler.request_streaming
-            else grpc.unary_stream_rpc_method_handler
+            grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
         )
         return make(_streaming(inner, method), **codec)
     inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
@@ -58,9 +56,7 @@ def _unary(inner: Callable[..., Awaitable[Any]], method: str) -> Callable[..., A
     return call
 
 
-def _streaming(
-    inner: Callable[..., AsyncIterator[Any]], method: str
-) -> Callable[..., AsyncIterator[Any]]:
+def _streaming(inner: Callable[..., AsyncIterator[Any]], method: str) -> Callable[..., AsyncIterator[Any]]:
     async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         responses = inner(request, context)
         try:

@@ -108,9 +108,7 @@ async def running(service: Service, grace: float = 0.0) -> AsyncIterator[Service
             await service.stop()
 
 
-async def serve(
-    service: Service, grace: float, announce: Callable[[str], None] | None = None
-) -> int:
+async def serve(service: Service, grace: float, announce: Callable[[str], None] | None = None) -> int:
     """Run a service until SIGINT, SIGTERM or its failure; returns the exit code (0, or 1 after a failure)."""
     stopped = asyncio.Event()
     with _signals(stopped):

@@ -73,9 +73,7 @@ class SettingsError(Exception):
     """Settings that do not validate; the message names flag, environment variable and what is allowed."""
 
 
-def add_arguments(
-    parser: argparse.ArgumentParser, *classes: type[BaseModel], leave_out: Sequence[str] = ()
-) -> None:
+def add_arguments(parser: argparse.ArgumentParser, *classes: type[BaseModel], leave_out: Sequence[str] = ()) -> None:
     """One flag per field, each once however many classes have it; plus --config."""
     parser.add_argument("--config", metavar="FILE.yaml", help="file with any of these settings, underscores for dashes")
     done = set(leave_out)
@@ -119,7 +117,7 @@ def flag_of(name: str) -> str:
 
 def _add_argument(parser: argparse.ArgumentParser, name: str, info: FieldInfo) -> None:
     text = (info.description or "").replace("%", "%%")
-    default = info.get_default(call_default_factory=True)  # type: ignore[call-arg]
+    default = info.get_default(call_default_factory=True)
     shown = "required" if info.is_required() else f"default: {_show(default)}"
     help_text = f"{text} ({shown}; env {ENV_PREFIX}{name.upper()})"
     kind = _plain_type(info.annotation)

@@ -20,7 +20,7 @@ def media_info_from_proto(message: tensor_pb2.MediaInfo) -> MediaInfo:
     """ValueError for a modality that is not set or not known."""
     if message.modality not in NAME_OF_MODALITY:
         raise ValueError(f"modality {message.modality} is not known")
-    facts = {name: getattr(message, name) for name in _OPTIONAL_FIELDS if message.HasField(name)}  # type: ignore[arg-type]
+    facts = {name: getattr(message, name) for name in _OPTIONAL_FIELDS if message.HasField(name)}
     return MediaInfo(NAME_OF_MODALITY[message.modality], **facts)
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from registry.inputs import DummyData
-from registry.layout import ItemLayout
 from registry.media import MediaInfo, MediaItem
 
 if TYPE_CHECKING:
@@ -32,16 +31,11 @@ def default_dummy_data(family: ModelFamily, seq_len: int, mm_counts: Mapping[str
 
 def largest_items(family: ModelFamily, modality: str) -> list[MediaInfo]:
     """The sizes with the most feature tokens and with the most tensor bytes; one if they are the same."""
-
-    def features(layout: ItemLayout) -> int:
-        return layout.num_tokens
-
-    def num_bytes(layout: ItemLayout) -> int:
-        return layout.num_bytes
-
-    return list(dict.fromkeys(family.find_largest(modality, score) for score in (features, num_bytes)))
+    return list(
+        dict.fromkeys((family.find_largest(modality, "num_tokens"), family.find_largest(modality, "num_bytes")))
+    )
 
 
 def _blank_item(info: MediaInfo) -> MediaItem:
-    assert info.height is not None and info.width is not None
-    return MediaItem(info, Image.new("RGB", (info.width, info.height), (127, 127, 127)))
+    height, width = info.size
+    return MediaItem(info, Image.new("RGB", (width, height), (127, 127, 127)))

@@ -17,14 +17,14 @@ Score = Callable[[ItemLayout], int]
 def find_largest_image(ctx: InputContext, layout: Callable[[MediaInfo], ItemLayout], score: Score) -> MediaInfo:
     """The image size whose layout scores highest, among candidates and what hill-climbing finds from the best."""
     sides = candidate_sides(ctx)
-    scored = {
-        size: score(layout(MediaInfo.image(*size))) for size in product(sides, sides) if _is_allowed(ctx, size)
-    }
+    scored = {size: score(layout(MediaInfo.image(*size))) for size in product(sides, sides) if _is_allowed(ctx, size)}
     best = max(scored, key=lambda size: (scored[size], -size[0] * size[1]))
     return MediaInfo.image(*_climb(ctx, best, lambda size: score(layout(MediaInfo.image(*size)))))
 
 
-def find_largest(ctx: InputContext, modality: str, layout: Callable[[MediaInfo], ItemLayout], score: Score) -> MediaInfo:
+def find_largest(
+    ctx: InputContext, modality: str, layout: Callable[[MediaInfo], ItemLayout], score: Score
+) -> MediaInfo:
     """The media facts with the highest score; MissingHookError for a modality without a search."""
     if modality != "image":
         raise MissingHookError(

@@ -22,6 +22,7 @@ SUPPORTED_PROCESSORS: Final = ("CLIPImageProcessor", "SiglipImageProcessor", "Ll
 MAX_RESIZED_PIXELS: Final = 16 * 1024 * 1024
 """Above this many pixels only the window that the crop keeps is computed."""
 
+
 @dataclass(frozen=True)
 class TileProcessor:
     """The checkpoint's image processor, as far as it touches uint8 pixels.

@@ -1,0 +1,114 @@
+"""The engine: `schedule -> execute -> sample -> update`, one step at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from executor_service.engine.messages import Finished, FinishReason, Load, StepReport, TokenLogprobs
+from executor_service.engine.model_runner import ModelOutput, ModelRunner
+from executor_service.engine.request import Request
+from executor_service.engine.scheduler import ScheduledBatch, Scheduler
+
+
+class Engine:
+    """Requests in, tokens out. Not thread-safe: one thread calls everything."""
+
+    def __init__(
+        self, scheduler: Scheduler, runner: ModelRunner, eos_token_ids: frozenset[int], check_integrity: bool = False
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.eos_token_ids = eos_token_ids
+        self._checks = check_integrity
+        self._requests: dict[int, Request] = {}
+        self._aborted: list[Request] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self.scheduler.has_work or bool(self._aborted)
+
+    @property
+    def load(self) -> Load:
+        """Requests and blocks right now."""
+        blocks = self.scheduler.blocks
+        return Load(len(self.scheduler.running), len(self.scheduler.waiting), blocks.num_used_blocks, blocks.num_blocks)
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        self._requests[request.request_id] = request
+        self.scheduler.add(request)
+
+    def abort(self, request_ids: Iterable[int]) -> None:
+        """End requests now; the next step's report says so. Ids that are not here any more are ignored."""
+        for request_id in request_ids:
+            if (request := self._requests.get(request_id)) is not None:
+                request.finish_reason = FinishReason.ABORTED
+                self._aborted.append(self._retire(request))
+
+    def step(self) -> StepReport:
+        """One step: its report has every output and every request that ended."""
+        batch = self.scheduler.schedule()
+        output = self.runner.execute(batch)
+        finished = self._update(batch, output)
+        report = self._report(output, finished)
+        if self._checks:
+            self.check_integrity()
+        return report
+
+    def check_integrity(self) -> None:
+        """IntegrityError unless blocks, queues and requests are whole."""
+        self.scheduler.check_integrity()
+
+    def _update(self, batch: ScheduledBatch, output: ModelOutput) -> list[Request]:
+        """Advance every request of the batch, append its token, and retire those that ended."""
+        for scheduled, error in output.failed:
+            scheduled.request.finish_reason, scheduled.request.error = FinishReason.FAILED, error
+        for scheduled in batch.requests:
+            if not scheduled.request.is_finished:
+                _advance(scheduled.request, scheduled.num_tokens)
+        for scheduled, token_id in zip(output.requests, output.sampled.token_ids, strict=True):
+            scheduled.request.append(token_id, self.eos_token_ids)
+        ended = [scheduled.request for scheduled in batch.requests if scheduled.request.is_finished]
+        return [self._retire(request) for request in ended]
+
+    def _retire(self, request: Request) -> Request:
+        self.scheduler.remove(request)
+        del self._requests[request.request_id]
+        return request
+
+    def _report(self, output: ModelOutput, ended: list[Request]) -> StepReport:
+        aborted, self._aborted = self._aborted, []
+        logprobs: list[tuple[int, TokenLogprobs]] = [
+            (index, entry) for index, entry in enumerate(output.sampled.logprobs) if entry is not None
+        ]
+        return StepReport(
+            request_ids=[scheduled.request.request_id for scheduled in output.requests],
+            token_ids=output.sampled.token_ids,
+            logprobs=logprobs,
+            finished=[_finished(request) for request in (*aborted, *ended)],
+            load=self.load,
+        )
+
+
+def _advance(request: Request, num_tokens: int) -> None:
+    """Count the chunk as computed, and drop features nobody needs any more."""
+    request.num_computed_tokens += num_tokens
+    for item in request.items:
+        if item.placeholder.end <= request.num_computed_tokens:
+            item.features = None
+
+
+def _finished(request: Request) -> Finished:
+    assert request.finish_reason is not None
+    scheduled, first, now = request.first_scheduled, request.first_token, time.monotonic()
+    return Finished(
+        request_id=request.request_id,
+        reason=request.finish_reason,
+        num_cached_tokens=request.num_cached_tokens,
+        queue_seconds=None if scheduled is None else scheduled - request.arrived,
+        prefill_seconds=None if first is None or scheduled is None else first - scheduled,
+        generate_seconds=None if first is None else now - first,
+        error=request.error,
+    )

@@ -1,0 +1,208 @@
+"""What passes between the front and the engine process: plain data, no torch.
+
+Front to engine: EngineConfig (once), Submit, Abort, Shutdown. Engine to front: BootProgress, then Booted
+or BootFailed, then one StepReport per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from registry import MediaInfo, MediaLimits
+from registry.fingerprint import Fingerprint
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything the engine is told at its start; None: the engine picks.
+
+    Memory in bytes, lengths and budgets in tokens. `check_integrity` proves the resources after every
+    step and ends the engine if they are not whole (for tests).
+    """
+
+    model_dir: Path
+    plugins: tuple[str, ...] = ()
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    device: str = "auto"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory: int | None = None
+    num_threads: int | None = None
+    check_integrity: bool = False
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How output tokens are chosen; every value is set and checked by the front.
+
+    `temperature` 0 is greedy; `top_k` 0 means all; `logprobs` None means none, 0 the chosen token's alone.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class TensorSlot:
+    """One tensor in the shared arena: `arena_offset` and `num_bytes` say where."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    arena_offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class ItemSlots:
+    """One media item of a request: its range in the prompt, its header facts, its tensors."""
+
+    offset: int
+    length: int
+    info: MediaInfo
+    tensors: tuple[TensorSlot, ...]
+
+
+@dataclass(frozen=True)
+class Submit:
+    """A complete, admitted request. `request_id` is the front's number, unique while the front lives."""
+
+    request_id: int
+    prompt_token_ids: Sequence[int]
+    items: tuple[ItemSlots, ...]
+    sampling: SamplingParams
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Requests to end before the next step; they are reported as finished with reason ABORTED."""
+
+    request_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """End the engine process."""
+
+
+ToEngine = Submit | Abort | Shutdown
+
+
+@dataclass(frozen=True)
+class BootProgress:
+    """A boot stage: `fraction` 0 to 1 while it runs; `seconds` and `num_bytes` once it is done."""
+
+    stage: str
+    fraction: float
+    detail: str = ""
+    seconds: float | None = None
+    num_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class BootFailed:
+    """The engine could not start; `message` is for the operator and says the remedy where there is one."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class MemoryLedger:
+    """Where the memory went at boot, in bytes; see the contract's message of the same name."""
+
+    total_bytes: int
+    gpu_memory_utilization: float
+    weights_bytes: int
+    vision_peak_bytes: int
+    language_peak_bytes: int
+    graphs_bytes: int
+    other_bytes: int
+    kv_cache_bytes: int
+    block_size: int
+    num_blocks: int
+    block_bytes: int
+    peaks_used_for_sizing: bool
+
+
+@dataclass(frozen=True)
+class Booted:
+    """The engine is ready; what the front needs to know of it."""
+
+    device: str
+    dtype: str
+    architecture: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    max_tokens_per_item: dict[str, int]
+    fingerprint: Fingerprint
+    ledger: MemoryLedger
+
+
+class FinishReason(Enum):
+    """Why a request left the engine."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORTED = "aborted"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The chosen token's log probability and the likeliest (token id, log probability), likeliest first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of one request; times in seconds, None where the stage did not happen."""
+
+    request_id: int
+    reason: FinishReason
+    num_cached_tokens: int = 0
+    queue_seconds: float | None = None
+    prefill_seconds: float | None = None
+    generate_seconds: float | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Load:
+    """The engine's load after a step."""
+
+    num_running: int
+    num_waiting: int
+    num_used_blocks: int
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """All outputs of one step: `token_ids[i]` belongs to `request_ids[i]`, `logprobs` to indices of them."""
+
+    request_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[tuple[int, TokenLogprobs]]
+    finished: list[Finished]
+    load: Load
+
+
+FromEngine = BootProgress | BootFailed | Booted | StepReport

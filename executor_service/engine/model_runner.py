@@ -1,0 +1,184 @@
+"""Runs one scheduled batch through the model: encode, embed, forward, sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from executor_service.engine.request import EngineItem
+from executor_service.engine.sampler import SampledTokens, sample
+from executor_service.engine.scheduler import ScheduledBatch, ScheduledRequest
+from executor_service.kernels.normalize import normalize
+from executor_service.layers.context import AttentionMetadata, KVCache, forward_context
+from registry import Normalization
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """Sampled tokens of the requests in `requests`, parallel; `failed` could not be encoded."""
+
+    requests: list[ScheduledRequest]
+    sampled: SampledTokens
+    failed: list[tuple[ScheduledRequest, str]]
+
+
+class ModelRunner:
+    """The model on its device, and the KV cache it reads and writes."""
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, block_size: int) -> None:
+        self.model: Any = model
+        self.device = device
+        self.dtype = dtype
+        self.block_size = block_size
+        self.kv_caches: Sequence[KVCache] = ()
+        self._tables: dict[Normalization, Tensor] = {}
+
+    @torch.inference_mode()
+    def execute(self, batch: ScheduledBatch) -> ModelOutput:
+        """One step: tokens for every request whose last token is in the batch."""
+        scheduled, failed = self._encode_batch(batch.requests)
+        rows = [index for index, request in enumerate(scheduled) if request.needs_token]
+        if not scheduled:
+            return ModelOutput([], SampledTokens([], []), failed)
+        hidden, ends = self._forward(scheduled)
+        if not rows:
+            return ModelOutput([], SampledTokens([], []), failed)
+        sampling = [scheduled[row] for row in rows]
+        logits = self.model.compute_logits(hidden[ends[rows] - 1])
+        params = [request.request.sampling for request in sampling]
+        sampled = sample(logits, params, [request.request.num_tokens for request in sampling])
+        return ModelOutput(sampling, sampled, failed)
+
+    # --- encoder ----------------------------------------------------------------------------------
+
+    def encode(self, items: Sequence[EngineItem]) -> None:
+        """Give every item its features; items of one modality go through the encoder together."""
+        for modality in dict.fromkeys(item.modality for item in items):
+            group = [item for item in items if item.modality == modality]
+            keywords = {name: [self._tensor(item, name) for item in group] for name in group[0].tensors}
+            for name in group[0].layout.constants:
+                keywords[name] = [torch.from_numpy(item.layout.constants[name]).to(self.device) for item in group]
+            for item, features in zip(group, self.model.embed_multimodal(**keywords), strict=True):
+                if features.shape[0] != item.layout.num_tokens:
+                    raise ValueError(
+                        f"the encoder made {features.shape[0]} features, the layout says {item.layout.num_tokens}"
+                    )
+                item.features = features
+
+    def _encode_batch(
+        self, batch: list[ScheduledRequest]
+    ) -> tuple[list[ScheduledRequest], list[tuple[ScheduledRequest, str]]]:
+        """Encode all items at once; if that fails, one request at a time, so that only the culprit fails."""
+        items = [item for scheduled in batch for item in scheduled.items]
+        if not items:
+            return batch, []
+        try:
+            self.encode(items)
+        except (RuntimeError, ValueError):
+            return self._encode_one_by_one(batch)
+        return batch, []
+
+    def _encode_one_by_one(
+        self, batch: list[ScheduledRequest]
+    ) -> tuple[list[ScheduledRequest], list[tuple[ScheduledRequest, str]]]:
+        good, failed = [], []
+        for scheduled in batch:
+            try:
+                self.encode(scheduled.items)
+                good.append(scheduled)
+            except (RuntimeError, ValueError) as error:
+                failed.append((scheduled, str(error)))
+        return good, failed
+
+    def _tensor(self, item: EngineItem, name: str) -> Tensor:
+        """An item's tensor on the device in the model's dtype, normalised if its layout says so."""
+        tensor = item.tensors[name].to(self.device)
+        normalization = item.layout.tensors[name].normalization
+        if normalization is not None:
+            return normalize(tensor, self._table(normalization), normalization.channel_axis, self.dtype)
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def _table(self, normalization: Normalization) -> Tensor:
+        if normalization not in self._tables:
+            self._tables[normalization] = torch.from_numpy(normalization.table).to(self.device)
+        return self._tables[normalization]
+
+    # --- language model ---------------------------------------------------------------------------
+
+    def _forward(self, batch: list[ScheduledRequest]) -> tuple[Tensor, np.ndarray]:
+        """Hidden states [T, hidden] of the flattened batch, and where each request ends in it."""
+        lengths = np.array([scheduled.num_tokens for scheduled in batch])
+        cu_seqlens = np.concatenate(([0], np.cumsum(lengths)))
+        starts = np.array([scheduled.request.num_computed_tokens for scheduled in batch])
+        positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1] - starts, lengths)
+        token_ids = np.concatenate(
+            [_token_ids(scheduled, start) for scheduled, start in zip(batch, starts, strict=True)]
+        )
+        metadata = self._metadata(batch, positions, cu_seqlens, starts + lengths)
+        ids = self._to_device(token_ids)
+        embeddings = self._embed(batch, ids, cu_seqlens)
+        with forward_context(metadata, self.kv_caches):
+            hidden = self.model(ids, self._to_device(positions), embeddings)
+        return hidden, cu_seqlens[1:]
+
+    def _metadata(
+        self, batch: list[ScheduledRequest], positions: np.ndarray, cu_seqlens: np.ndarray, seq_lens: np.ndarray
+    ) -> AttentionMetadata:
+        widths = [len(scheduled.request.block_table) for scheduled in batch]
+        tables = np.zeros((len(batch), max(widths)), dtype=np.int64)
+        for row, scheduled in enumerate(batch):
+            tables[row, : widths[row]] = scheduled.request.block_table
+        rows = np.repeat(np.arange(len(batch)), np.diff(cu_seqlens))
+        slots = tables[rows, positions // self.block_size] * self.block_size + positions % self.block_size
+        return AttentionMetadata(
+            slot_mapping=self._to_device(slots),
+            cu_seqlens=self._to_device(cu_seqlens),
+            seq_lens=self._to_device(seq_lens),
+            block_tables=self._to_device(tables),
+        )
+
+    def _embed(self, batch: list[ScheduledRequest], token_ids: Tensor, cu_seqlens: np.ndarray) -> Tensor:
+        """Token embeddings with encoder features in their places: [T, hidden]."""
+        embeddings: Tensor = self.model.get_input_embeddings()(token_ids)
+        for scheduled, begin in zip(batch, cu_seqlens, strict=False):
+            start = scheduled.request.num_computed_tokens
+            for item in scheduled.request.items:
+                _place_features(embeddings[begin : begin + scheduled.num_tokens], item, start)
+        return embeddings
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device)
+
+
+def _token_ids(scheduled: ScheduledRequest, start: int) -> np.ndarray:
+    """The chunk's ids; feature tokens become 0, since some lie outside the embedding table."""
+    end = start + scheduled.num_tokens
+    chunk = scheduled.request.token_ids[start:end]
+    for item in scheduled.request.items:
+        begin, stop = max(item.placeholder.offset, start), min(item.placeholder.end, end)
+        if begin < stop:
+            mask = item.layout.feature_mask[begin - item.placeholder.offset : stop - item.placeholder.offset]
+            chunk = chunk.copy()
+            chunk[begin - start : stop - start][mask] = 0
+    return chunk
+
+
+def _place_features(rows: Tensor, item: EngineItem, start: int) -> None:
+    """Overwrite the item's feature rows among `rows`, which are the request's tokens from `start` on."""
+    begin, stop = max(item.placeholder.offset, start), min(item.placeholder.end, start + len(rows))
+    if begin >= stop:
+        return
+    assert item.features is not None
+    mask = item.layout.feature_mask
+    first = int(mask[: begin - item.placeholder.offset].sum())
+    places = np.flatnonzero(mask[begin - item.placeholder.offset : stop - item.placeholder.offset])
+    features = item.features[first : first + len(places)].to(rows.dtype)
+    if len(places) == stop - begin:
+        rows[begin - start : stop - start] = features
+    elif len(places):
+        rows[torch.from_numpy(places + begin - start).to(rows.device)] = features

@@ -1,0 +1,108 @@
+"""The engine process: messages in, a step, a report out, until told to stop.
+
+Started by the front as `python -m executor_service.engine.process CONNECTION_FD ARENA_FD ARENA_BYTES`.
+It ends by itself when the front is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+import sys
+import traceback
+from multiprocessing.connection import Connection
+
+import numpy as np
+import torch
+
+from executor_service.engine.boot import BootedEngine, boot
+from executor_service.engine.messages import (
+    Abort,
+    BootFailed,
+    EngineConfig,
+    ItemSlots,
+    Shutdown,
+    Submit,
+    TensorSlot,
+    ToEngine,
+)
+from executor_service.engine.request import EngineItem, Request
+from registry import PlaceholderRange
+from registry.errors import RegistryError
+
+
+class EngineProcess:
+    """Owns the engine, the front's connection and a view of the shared arena."""
+
+    def __init__(self, connection: Connection, arena: memoryview, booted: BootedEngine) -> None:
+        self._connection = connection
+        self._arena = arena
+        self._engine = booted.engine
+        self._family = booted.family
+        self._max_model_len = booted.report.max_model_len
+        self._stopping = False
+
+    def run(self) -> None:
+        """Receive, step, send; waits for messages while there is no work."""
+        while not self._stopping:
+            self._receive()
+            if self._engine.has_work:
+                self._connection.send(self._engine.step())
+
+    def _receive(self) -> None:
+        """Take every message that is there; wait for one if there is nothing else to do."""
+        while not self._stopping and (not self._engine.has_work or self._connection.poll()):
+            self._handle(self._connection.recv())
+
+    def _handle(self, message: ToEngine) -> None:
+        match message:
+            case Submit():
+                self._engine.add(self._make_request(message))
+            case Abort():
+                self._engine.abort(message.request_ids)
+            case Shutdown():
+                self._stopping = True
+
+    def _make_request(self, submit: Submit) -> Request:
+        items = [self._make_item(item) for item in submit.items]
+        return Request(
+            submit.request_id, submit.prompt_token_ids, items, submit.sampling, self._max_model_len, submit.priority
+        )
+
+    def _make_item(self, item: ItemSlots) -> EngineItem:
+        layout = self._family.layout(item.info)
+        tensors = {slot.name: self._view(slot) for slot in item.tensors}
+        return EngineItem(PlaceholderRange(item.offset, item.length), item.info.modality, layout, tensors)
+
+    def _view(self, slot: TensorSlot) -> torch.Tensor:
+        """The tensor's bytes where they are; valid until the front is told that the request has ended."""
+        raw = np.frombuffer(self._arena, dtype=np.uint8, count=slot.num_bytes, offset=slot.arena_offset)
+        dtype: torch.dtype = getattr(torch, slot.dtype)
+        return torch.from_numpy(raw).view(dtype).view(slot.shape)
+
+
+def main(argv: list[str]) -> int:
+    """Boot and run; 0 after a Shutdown or when the front has gone, 1 after a failure that was reported."""
+    connection_fd, arena_fd, arena_bytes = (int(argument) for argument in argv)
+    # Ctrl-C reaches the whole process group; the front decides when the engine stops.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = Connection(connection_fd)
+    arena = memoryview(mmap.mmap(arena_fd, arena_bytes))
+    os.close(arena_fd)
+    config: EngineConfig = connection.recv()
+    try:
+        booted = boot(config, connection.send)
+    except (RegistryError, TypeError, OSError, RuntimeError) as error:
+        traceback.print_exc(file=sys.stderr)
+        connection.send(BootFailed(str(error)))
+        return 1
+    connection.send(booted.report)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        EngineProcess(connection, arena, booted).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

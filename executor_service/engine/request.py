@@ -1,0 +1,96 @@
+"""A request inside the engine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from executor_service.engine.messages import FinishReason, SamplingParams
+from registry import ItemLayout, PlaceholderRange
+
+
+@dataclass
+class EngineItem:
+    """One media item: where its features go, and its tensors by keyword (views into shared memory).
+
+    `features` [num_features, width] are there from the item's encoding until its range is computed.
+    """
+
+    placeholder: PlaceholderRange
+    modality: str
+    layout: ItemLayout
+    tensors: dict[str, Tensor]
+    features: Tensor | None = None
+
+
+class Request:
+    """Tokens, progress and blocks of one request.
+
+    Invariant: keys and values of the first `num_computed_tokens` tokens are in the blocks of `block_table`.
+    """
+
+    def __init__(
+        self,
+        request_id: int,
+        prompt_token_ids: Any,
+        items: list[EngineItem],
+        sampling: SamplingParams,
+        max_model_len: int,
+        priority: int = 0,
+    ) -> None:
+        self.request_id = request_id
+        self.items = items
+        self.sampling = sampling
+        self.priority = priority
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.max_tokens = min(self.num_prompt_tokens + sampling.max_tokens, max_model_len)
+        self.token_ids = np.empty(self.max_tokens, dtype=np.int64)
+        self.token_ids[: self.num_prompt_tokens] = prompt_token_ids
+        self.num_tokens = self.num_prompt_tokens
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.block_table: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.error = ""
+        self.arrived = time.monotonic()
+        self.first_scheduled: float | None = None
+        self.first_token: float | None = None
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens whose keys and values are not in the cache; at least 1 while the request runs."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the request has ended."""
+        return self.finish_reason is not None
+
+    def append(self, token_id: int, eos_token_ids: frozenset[int]) -> None:
+        """Add an output token, and finish if it ends the answer."""
+        if self.first_token is None:
+            self.first_token = time.monotonic()
+        self.token_ids[self.num_tokens] = token_id
+        self.num_tokens += 1
+        is_eos = token_id in eos_token_ids and not self.sampling.ignore_eos
+        if is_eos or token_id in self.sampling.stop_token_ids:
+            self.finish_reason = FinishReason.STOP
+        elif self.num_tokens >= self.max_tokens:
+            self.finish_reason = FinishReason.LENGTH
+
+    def reset_progress(self) -> None:
+        """Forget what was computed: everything is recomputed after a preemption."""
+        self.num_computed_tokens = 0
+        self.num_preemptions += 1
+        for item in self.items:
+            item.features = None

@@ -1,0 +1,233 @@
+"""Admission: everything a Start claims is checked against the family before anything is allocated.
+
+Attestation recomputes each item's layout from its header facts: the range, its tokens and every tensor's
+name, dtype and shape must be what the layout says.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from diptych.service.errors import (
+    DiptychError,
+    IncompatibleError,
+    InvalidInputError,
+    LimitExceededError,
+    UnimplementedError,
+)
+from diptych.service.media_errors import from_media_error
+from diptych.service.sampling import check_sampling
+from diptych.v1 import executor_pb2, tensor_pb2
+from diptych.wire.dtypes import DTYPE_OF_NAME, NAME_OF_DTYPE
+from diptych.wire.media import media_info_from_proto
+from executor_service.engine.messages import Booted, SamplingParams
+from registry import ItemLayout, MediaInfo, PlaceholderRange, TensorSpec
+from registry.errors import MediaError, RegistryError
+from registry.family import ModelFamily
+
+STAGE = "attest"
+
+
+@dataclass(frozen=True)
+class AdmittedItem:
+    """An item whose claims hold; `tensors` in the order of the Start."""
+
+    info: MediaInfo
+    placeholder: PlaceholderRange
+    layout: ItemLayout
+    tensors: tuple[tuple[str, TensorSpec], ...]
+
+
+@dataclass(frozen=True)
+class AdmittedRequest:
+    """A Start whose claims hold."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    items: tuple[AdmittedItem, ...]
+    sampling: SamplingParams
+    time_left: float | None
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Feature tokens of all items."""
+        return sum(item.layout.num_tokens for item in self.items)
+
+
+class Admission:
+    """Checks Starts against one model."""
+
+    def __init__(self, family: ModelFamily, booted: Booted) -> None:
+        self._family = family
+        self._booted = booted
+        self._feature_ids = np.array(sorted(family.feature_token_ids), dtype=np.int64)
+
+    def admit(self, start: executor_pb2.Start) -> AdmittedRequest:
+        """The request, or the DiptychError it is refused with."""
+        self._check_fingerprint(start.fingerprint)
+        _check_served_fields(start)
+        token_ids = np.fromiter(start.prompt_token_ids, dtype=np.int64, count=len(start.prompt_token_ids))
+        self._check_length(len(token_ids))
+        items = self._attest_items(start.items, token_ids)
+        self._check_token_ids(token_ids, items)
+        return AdmittedRequest(
+            request_id=start.request_id,
+            prompt_token_ids=token_ids.tolist(),
+            items=tuple(items),
+            sampling=self._sampling(start.sampling, len(token_ids)),
+            time_left=start.time_left.ToNanoseconds() / 1e9 if start.HasField("time_left") else None,
+        )
+
+    def _check_fingerprint(self, digest: bytes) -> None:
+        if digest != self._booted.fingerprint.digest:
+            raise IncompatibleError(
+                f"the sender's fingerprint is {digest.hex() or 'empty'}, this executor's is "
+                f"{self._booted.fingerprint.digest.hex()}: they would disagree on tokens, pixels or shapes",
+                stage="handshake",
+            )
+
+    def _check_length(self, length: int) -> None:
+        most = self._booted.max_model_len - 1
+        if length < 1:
+            raise InvalidInputError("the prompt has no tokens", stage="admit", limit=1, actual=0)
+        if length > most:
+            raise LimitExceededError(
+                f"the prompt has {length} tokens; at most {most} are allowed (max_model_len "
+                f"{self._booted.max_model_len} less one output token)",
+                stage="admit",
+                limit=most,
+                actual=length,
+            )
+
+    def _attest_items(self, messages: Sequence[executor_pb2.MediaItem], token_ids: np.ndarray) -> list[AdmittedItem]:
+        items: list[AdmittedItem] = []
+        end = 0
+        try:
+            for index, message in enumerate(messages):
+                items.append(self._attest_item(index, message, token_ids, end))
+                end = items[-1].placeholder.end
+            self._family.ctx.limits.check_counts(Counter(item.info.modality for item in items))
+        except MediaError as error:
+            raise from_media_error(error, STAGE) from error
+        return items
+
+    def _attest_item(
+        self, index: int, message: executor_pb2.MediaItem, token_ids: np.ndarray, earliest: int
+    ) -> AdmittedItem:
+        info = self._check_info(index, message.info)
+        layout = self._family.layout(info)
+        placeholder = PlaceholderRange(message.placeholder.offset, message.placeholder.length)
+        if placeholder.offset < earliest or placeholder.end > len(token_ids):
+            raise InvalidInputError(
+                f"item {index} claims tokens {placeholder.offset} to {placeholder.end}; they must lie between "
+                f"{earliest} and {len(token_ids)}, in order and without overlap",
+                stage=STAGE,
+                item=index,
+            )
+        if placeholder.length != layout.length:
+            raise InvalidInputError(
+                f"item {index} claims {placeholder.length} tokens; its size gives {layout.length}",
+                stage=STAGE,
+                item=index,
+                limit=layout.length,
+                actual=placeholder.length,
+            )
+        if token_ids[placeholder.offset : placeholder.end].tolist() != layout.token_ids:
+            raise InvalidInputError(
+                f"item {index}: tokens {placeholder.offset} to {placeholder.end} are not its replacement",
+                stage=STAGE,
+                item=index,
+            )
+        return AdmittedItem(info, placeholder, layout, _attest_tensors(index, message.tensors, layout))
+
+    def _check_info(self, index: int, message: tensor_pb2.MediaInfo) -> MediaInfo:
+        try:
+            info = media_info_from_proto(message)
+            self._family.check_modality(info.modality)
+        except (ValueError, RegistryError) as error:
+            raise InvalidInputError(f"item {index}: {error}", stage=STAGE, item=index) from error
+        if info.modality in ("image", "video") and not (info.height and info.width):
+            raise InvalidInputError(f"item {index} lacks its height or width", stage=STAGE, item=index)
+        self._family.ctx.limits.check_size(info, index)
+        return info
+
+    def _check_token_ids(self, token_ids: np.ndarray, items: Sequence[AdmittedItem]) -> None:
+        """Ids are below the vocabulary; feature ids stand nowhere but in the items' ranges."""
+        outside = np.ones(len(token_ids), dtype=bool)
+        for item in items:
+            outside[item.placeholder.offset : item.placeholder.end] = False
+        too_large = outside & (token_ids >= self._booted.vocab_size)
+        if too_large.any():
+            place = int(too_large.argmax())
+            raise InvalidInputError(
+                f"token {place} of the prompt is {token_ids[place]}; the vocabulary has {self._booted.vocab_size} ids",
+                stage="admit",
+                limit=self._booted.vocab_size,
+                actual=int(token_ids[place]),
+            )
+        stray = outside & np.isin(token_ids, self._feature_ids)
+        if stray.any():
+            place = int(stray.argmax())
+            raise InvalidInputError(
+                f"token {place} of the prompt is {token_ids[place]}, which stands for media features, outside of "
+                "every item's range",
+                stage=STAGE,
+            )
+
+    def _sampling(self, params: tensor_pb2.SamplingParams, num_prompt_tokens: int) -> SamplingParams:
+        check_sampling(params, vocab_size=self._booted.vocab_size)
+        room = self._booted.max_model_len - num_prompt_tokens
+
+        def given(name: str, default: float) -> float:
+            return getattr(params, name) if params.HasField(name) else default
+
+        return SamplingParams(
+            max_tokens=min(int(given("max_tokens", room)), room),
+            temperature=given("temperature", 1.0),
+            top_p=given("top_p", 1.0),
+            top_k=int(given("top_k", 0)),
+            seed=params.seed if params.HasField("seed") else secrets.randbits(64),
+            stop_token_ids=frozenset(params.stop_token_ids),
+            ignore_eos=params.ignore_eos,
+            logprobs=params.logprobs if params.HasField("logprobs") else None,
+        )
+
+
+def _check_served_fields(start: executor_pb2.Start) -> None:
+    for name, is_set in (("output_token_ids", bool(start.output_token_ids)), ("priority", start.HasField("priority"))):
+        if is_set:
+            raise UnimplementedError(f"{name} is not served yet", stage="admit", field=name)
+
+
+def _attest_tensors(
+    index: int, messages: Sequence[tensor_pb2.Tensor], layout: ItemLayout
+) -> tuple[tuple[str, TensorSpec], ...]:
+    names = [message.name for message in messages]
+    if sorted(names) != sorted(layout.tensors):
+        raise _mismatch(index, f"has tensors {', '.join(names) or 'none'}; {', '.join(layout.tensors)} are expected")
+    for message in messages:
+        _attest_tensor(index, message, layout.tensors[message.name])
+    return tuple((name, layout.tensors[name]) for name in names)
+
+
+def _attest_tensor(index: int, message: tensor_pb2.Tensor, spec: TensorSpec) -> None:
+    if message.dtype != DTYPE_OF_NAME[spec.dtype]:
+        claimed = NAME_OF_DTYPE.get(message.dtype, f"dtype {message.dtype}")
+        raise _mismatch(index, f"claims {claimed} for {message.name}; it must be {spec.dtype}")
+    if tuple(message.shape) != spec.shape:
+        raise _mismatch(index, f"claims shape {list(message.shape)} for {message.name}; it must be {list(spec.shape)}")
+    if message.WhichOneof("payload") == "data":
+        raise UnimplementedError("inline tensor data is not served yet; send it in chunks", stage=STAGE, item=index)
+    if message.chunks.total_bytes != spec.num_bytes:
+        raise _mismatch(
+            index, f"announces {message.chunks.total_bytes} bytes for {message.name}; its shape has {spec.num_bytes}"
+        )
+
+
+def _mismatch(index: int, what: str) -> DiptychError:
+    return InvalidInputError(f"item {index} {what}", stage=STAGE, item=index)

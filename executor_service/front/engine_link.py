@@ -1,0 +1,132 @@
+"""The engine process as the front sees it: started, spoken to, listened to, and noticed when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+
+from diptych.service.errors import UnavailableError
+from executor_service.engine.messages import (
+    Booted,
+    BootFailed,
+    BootProgress,
+    EngineConfig,
+    FromEngine,
+    Shutdown,
+    StepReport,
+    ToEngine,
+)
+from executor_service.front.arena import Arena
+
+
+class EngineLink:
+    """One engine process. Callbacks run in the event loop that called `start`."""
+
+    def __init__(self, on_progress: Callable[[BootProgress], None], on_step: Callable[[StepReport], None]) -> None:
+        self._on_progress = on_progress
+        self._on_step = on_step
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._outbox: SimpleQueue[ToEngine | None] = SimpleQueue()
+        self._booted: asyncio.Future[Booted] | None = None
+        self.died: asyncio.Future[str] | None = None
+
+    async def start(self, config: EngineConfig, arena: Arena) -> Booted:
+        """Start the process and boot the engine; UnavailableError with the engine's own words if it cannot."""
+        loop = asyncio.get_running_loop()
+        self._booted, self.died = loop.create_future(), loop.create_future()
+        self._connection, theirs = Pipe(duplex=True)
+        with theirs:
+            self._process = _spawn(theirs.fileno(), arena)
+        self._connection.send(config)
+        threading.Thread(target=self._write, name="engine-writer", daemon=True).start()
+        loop.add_reader(self._connection.fileno(), self._read)
+        return await self._booted
+
+    def send(self, message: ToEngine) -> None:
+        """Queue a message; never blocks, whatever the engine is doing."""
+        self._outbox.put(message)
+
+    async def stop(self, patience: float = 5.0) -> None:
+        """Ask the engine to end, and end it if it does not."""
+        if self._process is None:
+            return
+        self.send(Shutdown())
+        self._outbox.put(None)
+        try:
+            await asyncio.to_thread(self._process.wait, patience)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+        self._close()
+        self._process = None
+
+    def _write(self) -> None:
+        """The writer thread: a full pipe makes it wait, and not the event loop."""
+        connection = self._connection
+        assert connection is not None
+        while (message := self._outbox.get()) is not None:
+            try:
+                connection.send(message)
+            except OSError:
+                return  # the reader notices the death and says so
+
+    def _read(self) -> None:
+        """Handle what has arrived; a connection at its end means that the engine is gone."""
+        connection = self._connection
+        assert connection is not None
+        try:
+            while connection.poll():
+                self._handle(connection.recv())
+        except (EOFError, OSError):
+            self._note_death()
+
+    def _handle(self, message: FromEngine) -> None:
+        assert self._booted is not None
+        match message:
+            case StepReport():
+                self._on_step(message)
+            case BootProgress():
+                self._on_progress(message)
+            case Booted():
+                self._booted.set_result(message)
+            case BootFailed():
+                self._booted.set_exception(UnavailableError(message.message, stage="boot"))
+
+    def _note_death(self) -> None:
+        assert self._process is not None
+        assert self._booted is not None
+        assert self.died is not None
+        self._close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
+        reason = f"the engine process ended with exit code {self._process.returncode}"
+        if not self._booted.done():
+            self._booted.set_exception(UnavailableError(f"{reason} while booting", stage="boot"))
+        if not self.died.done():
+            self.died.set_result(reason)
+
+    def _close(self) -> None:
+        if self._connection is not None and not self._connection.closed:
+            asyncio.get_running_loop().remove_reader(self._connection.fileno())
+            self._connection.close()
+
+
+def _spawn(connection_fd: int, arena: Arena) -> subprocess.Popen[bytes]:
+    """The engine imports what this process can import; its prints go where logs go."""
+    command = [sys.executable, "-m", "executor_service.engine.process"]
+    return subprocess.Popen(  # noqa: S603 - our own module
+        [*command, str(connection_fd), str(arena.fd), str(arena.num_bytes)],
+        pass_fds=(connection_fd, arena.fd),
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr.fileno(),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )

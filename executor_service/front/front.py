@@ -1,0 +1,328 @@
+"""The front: requests from every stream, their tensors in the arena, their turn at the engine, their end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from diptych.service.errors import (
+    DeadlineError,
+    DiptychError,
+    InternalError,
+    LimitExceededError,
+    OverloadedError,
+    RequestCancelledError,
+    UnavailableError,
+)
+from diptych.v1 import executor_pb2, tensor_pb2
+from diptych.wire.framing import ItemChunk
+from executor_service.engine.messages import (
+    Abort,
+    Booted,
+    EngineConfig,
+    Finished,
+    FinishReason,
+    Load,
+    StepReport,
+    Submit,
+    TokenLogprobs,
+)
+from executor_service.front.admission import Admission, AdmittedRequest
+from executor_service.front.arena import Arena, Region, Reservation
+from executor_service.front.assembly import Assembly
+from executor_service.front.boot_log import BootLog
+from executor_service.front.engine_link import EngineLink
+from registry.family import ModelFamily
+
+LOG = logging.getLogger("diptych.executor")
+
+_FINISH_REASONS = {
+    FinishReason.STOP: tensor_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: tensor_pb2.FINISH_REASON_LENGTH,
+}
+
+
+class Outlet(Protocol):
+    """Where a request's messages go: its stream."""
+
+    def put_token(self, handle: int, token_id: int, logprobs: TokenLogprobs | None) -> None:
+        """An output token; sent with the others of this step at the next `flush`."""
+
+    def put(self, response: executor_pb2.ExecuteResponse) -> None:
+        """A control message, at once."""
+
+    def put_final(self, final: executor_pb2.Final) -> None:
+        """The request's last message, at once, after the tokens of the step."""
+
+    def flush(self) -> None:
+        """Send what the step has given."""
+
+
+@dataclass(eq=False)
+class FrontRequest:
+    """A request between admission and its Final."""
+
+    number: int
+    handle: int
+    outlet: Outlet
+    admitted: AdmittedRequest
+    assembly: Assembly
+    started: float = field(default_factory=time.monotonic)
+    received: float | None = None
+    reservation: Reservation | None = None
+    region: Region | None = None
+    deadline: asyncio.TimerHandle | None = None
+    is_at_engine: bool = False
+    error: DiptychError | None = None
+    num_output_tokens: int = 0
+
+    @property
+    def stage(self) -> str:
+        """Where the request is, for errors."""
+        if not self.is_at_engine:
+            return "receive"
+        return "generate" if self.num_output_tokens else "queue"
+
+
+class Front:
+    """Everything between the streams and the engine. Lives in one event loop."""
+
+    def __init__(self, family: ModelFamily, config: EngineConfig, arena_bytes: int, max_requests: int) -> None:
+        self.family = family
+        self.config = config
+        self._max_requests = max_requests
+        self._arena = Arena(arena_bytes)
+        self._link = EngineLink(BootLog().show, self._on_step)
+        self._requests: dict[int, FrontRequest] = {}
+        self._next_number = 0
+        self._admission: Admission | None = None
+        self._booted: Booted | None = None
+        self._draining = False
+        self.load = Load(0, 0, 0, 0)
+        self._closed = asyncio.Event()
+
+    @property
+    def booted(self) -> Booted:
+        """What the engine said of itself; UnavailableError before that."""
+        if self._booted is None:
+            raise UnavailableError("the executor is booting", stage="boot", retry_after=1.0)
+        return self._booted
+
+    @property
+    def num_receiving(self) -> int:
+        """Requests whose tensors are still arriving."""
+        return sum(not request.is_at_engine for request in self._requests.values())
+
+    @property
+    def is_accepting(self) -> bool:
+        """Whether new requests are taken."""
+        return not self._draining and self._booted is not None
+
+    # --- lifecycle --------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Boot the engine."""
+        self._booted = await self._link.start(self.config, self._arena)
+        self._admission = Admission(self.family, self._booted)
+        self.load = Load(0, 0, 0, self._booted.ledger.num_blocks)
+        assert self._link.died is not None
+        self._link.died.add_done_callback(self._on_death)
+
+    async def drain(self, grace: float) -> None:
+        """Take no new requests; end those that are not done after `grace` seconds."""
+        self._draining = True
+        await self._wait_idle(grace)
+        for request in list(self._requests.values()):
+            self.end(request, UnavailableError("the executor is stopping", stage=request.stage, retry_after=1.0))
+        await self._wait_idle(1.0)
+
+    async def stop(self) -> None:
+        """End the engine process and free the memory."""
+        await self._link.stop()
+        self._arena.close()
+
+    async def wait_failed(self) -> str:
+        """Returns the reason when the engine has died."""
+        assert self._link.died is not None
+        return await asyncio.shield(self._link.died)
+
+    def check_integrity(self) -> None:
+        """AssertionError unless the arena is whole and belongs to live requests."""
+        self._arena.check_integrity()
+        held = sum(request.region.num_bytes for request in self._requests.values() if request.region)
+        if held != self._arena.num_used_bytes:
+            raise AssertionError(f"{self._arena.num_used_bytes} arena bytes are in use, requests hold {held}")
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    def open(self, handle: int, start: executor_pb2.Start, outlet: Outlet) -> FrontRequest:
+        """Admit a request; its tensors are asked for, or it goes to the engine at once. DiptychError: refused."""
+        self._check_room()
+        assert self._admission is not None
+        admitted = self._admission.admit(start)
+        assembly = Assembly(admitted.items)
+        if assembly.region_bytes > self._arena.num_bytes:
+            raise LimitExceededError(
+                f"the request's tensors have {assembly.region_bytes} bytes; at most {self._arena.num_bytes} fit",
+                stage="admit",
+                limit=self._arena.num_bytes,
+                actual=assembly.region_bytes,
+            )
+        request = FrontRequest(self._next_number, handle, outlet, admitted, assembly)
+        self._next_number += 1
+        self._requests[request.number] = request
+        self._set_deadline(request)
+        self._ask_for_tensors(request) if admitted.items else self._submit(request)
+        return request
+
+    def receive(self, request: FrontRequest, chunk: ItemChunk) -> None:
+        """Take a chunk; a wrong one ends the request."""
+        if request.error is not None or request.is_at_engine:
+            return  # sent before the sender knew
+        try:
+            request.assembly.accept(chunk, self._arena.view, request.region)
+        except DiptychError as error:
+            self.end(request, error)
+            return
+        if request.assembly.is_complete:
+            self._submit(request)
+        else:
+            self._give_credit(request)
+
+    def cancel(self, request: FrontRequest) -> None:
+        """The client does not want it any more."""
+        self.end(request, RequestCancelledError("the request was cancelled", stage=request.stage))
+
+    def _check_room(self) -> None:
+        if not self.is_accepting:
+            self.booted  # noqa: B018 - says so if the engine is still booting
+            raise UnavailableError("the executor is stopping", stage="admit", retry_after=1.0)
+        if len(self._requests) >= self._max_requests:
+            raise OverloadedError(
+                f"the executor has {len(self._requests)} requests; at most {self._max_requests} are taken",
+                stage="admit",
+                limit=self._max_requests,
+                actual=len(self._requests),
+                retry_after=1.0,
+            )
+
+    def _set_deadline(self, request: FrontRequest) -> None:
+        if request.admitted.time_left is not None:
+            loop = asyncio.get_running_loop()
+            request.deadline = loop.call_later(request.admitted.time_left, self._on_deadline, request)
+
+    def _on_deadline(self, request: FrontRequest) -> None:
+        self.end(request, DeadlineError(f"the deadline passed in stage {request.stage}", stage=request.stage))
+
+    def _ask_for_tensors(self, request: FrontRequest) -> None:
+        missing = executor_pb2.MissingItems(handle=request.handle, item_indices=range(len(request.admitted.items)))
+        request.outlet.put(executor_pb2.ExecuteResponse(missing_items=missing))
+
+        def granted(region: Region) -> None:
+            request.region = region
+            self._give_credit(request)
+
+        request.reservation = self._arena.reserve(request.assembly.region_bytes, granted)
+
+    def _give_credit(self, request: FrontRequest) -> None:
+        if num_bytes := request.assembly.grant():
+            credit = executor_pb2.Credit(handle=request.handle, bytes=num_bytes)
+            request.outlet.put(executor_pb2.ExecuteResponse(credit=credit))
+
+    def _submit(self, request: FrontRequest) -> None:
+        request.received = time.monotonic()
+        request.is_at_engine = True
+        slots = request.assembly.slots(request.region) if request.region else ()
+        self._link.send(Submit(request.number, request.admitted.prompt_token_ids, slots, request.admitted.sampling))
+
+    def end(self, request: FrontRequest, error: DiptychError) -> None:
+        """End a request with an error; at the engine it is aborted first, and reported when its blocks are free."""
+        if request.error is not None or request.number not in self._requests:
+            return
+        request.error = error
+        if request.is_at_engine:
+            self._link.send(Abort((request.number,)))
+        else:
+            self._close(request)
+            request.outlet.put_final(executor_pb2.Final(handle=request.handle, status=error.to_status()))
+
+    def _close(self, request: FrontRequest) -> None:
+        del self._requests[request.number]
+        self._closed.set()
+        if request.deadline is not None:
+            request.deadline.cancel()
+        if request.reservation is not None:
+            self._arena.withdraw(request.reservation)
+        if request.region is not None:
+            self._arena.release(request.region)
+            request.region = None
+
+    # --- the engine's side --------------------------------------------------------------------------
+
+    def _on_step(self, report: StepReport) -> None:
+        """Give every stream its share of the step, in one message each."""
+        logprobs = dict(report.logprobs)
+        touched: dict[Outlet, None] = {}
+        for index, (number, token_id) in enumerate(zip(report.request_ids, report.token_ids, strict=True)):
+            request = self._requests[number]
+            if request.error is None:
+                request.num_output_tokens += 1
+                request.outlet.put_token(request.handle, token_id, logprobs.get(index))
+                touched[request.outlet] = None
+        for finished in report.finished:
+            request = self._requests[finished.request_id]
+            self._close(request)
+            request.outlet.put_final(self._final(request, finished))
+            touched[request.outlet] = None
+        for outlet in touched:
+            outlet.flush()
+        self.load = report.load
+
+    def _final(self, request: FrontRequest, finished: Finished) -> executor_pb2.Final:
+        if finished.reason is FinishReason.FAILED:
+            LOG.error("request %s failed in the engine: %s", request.admitted.request_id, finished.error)
+            request.error = InternalError("the model failed on this request; the log has the details", stage="execute")
+        if request.error is not None:
+            return executor_pb2.Final(handle=request.handle, status=request.error.to_status())
+        return executor_pb2.Final(handle=request.handle, completion=_completion(request, finished))
+
+    def _on_death(self, died: asyncio.Future[str]) -> None:
+        """Every request ends with UNAVAILABLE; nothing more is taken."""
+        if died.cancelled():
+            return
+        self._draining = True
+        for request in list(self._requests.values()):
+            error = UnavailableError(died.result(), stage=request.stage, retry_after=1.0)
+            self._close(request)
+            request.outlet.put_final(executor_pb2.Final(handle=request.handle, status=error.to_status()))
+
+    async def _wait_idle(self, seconds: float) -> None:
+        """Until no request is left, at most `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._requests:
+                    self._closed.clear()
+                    await self._closed.wait()
+
+
+def _completion(request: FrontRequest, finished: Finished) -> executor_pb2.Completion:
+    assert request.received is not None
+    return executor_pb2.Completion(
+        finish_reason=_FINISH_REASONS[finished.reason],
+        usage=tensor_pb2.Usage(
+            prompt_tokens=len(request.admitted.prompt_token_ids),
+            image_tokens=request.admitted.num_image_tokens,
+            cached_tokens=finished.num_cached_tokens,
+            completion_tokens=request.num_output_tokens,
+        ),
+        times=tensor_pb2.StageTimes(
+            transfer_seconds=request.received - request.started if request.admitted.items else None,
+            queue_seconds=finished.queue_seconds,
+            prefill_seconds=finished.prefill_seconds,
+            generate_seconds=finished.generate_seconds,
+        ),
+    )

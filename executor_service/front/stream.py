@@ -1,0 +1,129 @@
+"""One `Execute` stream: its handles, what it reads, and what it answers, tokens packed by step."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+
+from diptych.service.errors import DiptychError, InvalidInputError
+from diptych.v1 import executor_pb2, tensor_pb2
+from diptych.wire.framing import ItemChunk
+from executor_service.engine.messages import TokenLogprobs
+from executor_service.front.front import Front, FrontRequest
+
+MAX_ENDED_HANDLES = 65536
+"""Handles a stream remembers after their Final, so that late chunks are told from wrong ones."""
+
+
+class ExecuteStream:
+    """Implements the front's `Outlet`. All of it runs in the event loop."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+        self._live: dict[int, FrontRequest] = {}
+        self._ended: dict[int, None] = {}
+        self._outgoing: deque[executor_pb2.ExecuteResponse] = deque()
+        self._finals: list[executor_pb2.Final] = []
+        self._step = executor_pb2.StepOutputs()
+        self._news = asyncio.Event()
+        self._is_half_closed = False
+
+    # --- reading ------------------------------------------------------------------------------------
+
+    def handle(self, request: executor_pb2.ExecuteRequest | ItemChunk) -> None:
+        """Take one message; what is wrong with it ends its request and no other."""
+        try:
+            self._dispatch(request)
+        except DiptychError as error:
+            self.put_final(executor_pb2.Final(handle=request.handle, status=error.to_status()))
+
+    def half_close(self) -> None:
+        """The sender has nothing more to say; what runs is answered to its end."""
+        self._is_half_closed = True
+        self._news.set()
+
+    def lose(self) -> None:
+        """The stream is gone: its requests end, and no others."""
+        for request in list(self._live.values()):
+            self._front.cancel(request)
+
+    def _dispatch(self, request: executor_pb2.ExecuteRequest | ItemChunk) -> None:
+        if isinstance(request, ItemChunk):
+            if (target := self._find(request.handle, "a chunk")) is not None:
+                self._front.receive(target, request)
+            return
+        match request.WhichOneof("message"):
+            case "start":
+                self._open(request.handle, request.start)
+            case "cancel":
+                if (target := self._find(request.handle, "a cancel")) is not None:
+                    self._front.cancel(target)
+            case _:
+                raise InvalidInputError("a message is neither start, chunk nor cancel", stage="admit")
+
+    def _open(self, handle: int, start: executor_pb2.Start) -> None:
+        if handle in self._live:
+            twice = InvalidInputError(f"handle {handle} was started while it was live", stage="admit")
+            self._front.end(self._live[handle], twice)
+            return
+        self._ended.pop(handle, None)
+        self._live[handle] = self._front.open(handle, start, self)
+
+    def _find(self, handle: int, what: str) -> FrontRequest | None:
+        """The live request; None if it has just ended; InvalidInputError if there never was one."""
+        if handle in self._live:
+            return self._live[handle]
+        if handle in self._ended:
+            return None
+        raise InvalidInputError(f"{what} came for handle {handle}, which was not started", stage="receive")
+
+    # --- writing ------------------------------------------------------------------------------------
+
+    def put(self, response: executor_pb2.ExecuteResponse) -> None:
+        """Queue a control message."""
+        self._outgoing.append(response)
+        self._news.set()
+
+    def put_token(self, handle: int, token_id: int, logprobs: TokenLogprobs | None) -> None:
+        """Add a token to the step's message."""
+        if logprobs is not None:
+            index = len(self._step.handles)
+            self._step.logprobs.append(executor_pb2.IndexedLogprobs(index=index, logprobs=_position_logprobs(logprobs)))
+        self._step.handles.append(handle)
+        self._step.token_ids.append(token_id)
+
+    def put_final(self, final: executor_pb2.Final) -> None:
+        """Queue a Final behind the step's tokens, which are complete by then."""
+        self._live.pop(final.handle, None)
+        self._ended[final.handle] = None
+        if len(self._ended) > MAX_ENDED_HANDLES:
+            del self._ended[next(iter(self._ended))]
+        self._finals.append(final)
+        self.flush()
+
+    def flush(self) -> None:
+        """One message with all of a step's tokens, then the Finals."""
+        if self._step.handles:
+            self.put(executor_pb2.ExecuteResponse(step_outputs=self._step))
+            self._step = executor_pb2.StepOutputs()
+        for final in self._finals:
+            self.put(executor_pb2.ExecuteResponse(final=final))
+        self._finals.clear()
+
+    async def responses(self) -> AsyncIterator[executor_pb2.ExecuteResponse]:
+        """What goes back, until the sender has half-closed and every request has its Final."""
+        while True:
+            while self._outgoing:
+                yield self._outgoing.popleft()
+            if self._is_half_closed and not self._live:
+                return
+            await self._news.wait()
+            self._news.clear()
+
+
+def _position_logprobs(entry: TokenLogprobs) -> tensor_pb2.PositionLogprobs:
+    return tensor_pb2.PositionLogprobs(
+        chosen=tensor_pb2.TokenLogprob(token_id=entry.token_id, logprob=entry.logprob),
+        top=[tensor_pb2.TokenLogprob(token_id=token, logprob=value) for token, value in entry.top],
+    )

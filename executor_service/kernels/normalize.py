@@ -1,0 +1,39 @@
+"""uint8 elements to normalised floats, by table: rescale, subtract the mean and divide by the deviation at once."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from executor_service.kernels.library import define_op
+
+
+def normalize(tensor: Tensor, table: Tensor, channel_axis: int, dtype: torch.dtype) -> Tensor:
+    """uint8 `tensor` of any shape -> `dtype`, same shape: element e of channel c becomes `table[c, e]`.
+
+    `table` is float32 [num_channels, 256]; it holds what transformers computes for each level, so the
+    result equals its rescale and normalise bit for bit (in float32).
+    """
+    result: Tensor = _OP(tensor, table, channel_axis, dtype)
+    return result
+
+
+def _cpu(tensor: Tensor, table: Tensor, channel_axis: int, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+    table = table.to(dtype)
+    for channel in range(table.shape[0]):
+        plane = tensor.select(channel_axis, channel)
+        levels = plane.reshape(-1).to(torch.int32)
+        out.select(channel_axis, channel).copy_(table[channel].index_select(0, levels).view(plane.shape))
+    return out
+
+
+def _fake(tensor: Tensor, table: Tensor, channel_axis: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(tensor, dtype=dtype)
+
+
+_OP: Final = define_op(
+    "normalize(Tensor tensor, Tensor table, int channel_axis, ScalarType dtype) -> Tensor", cpu=_cpu, fake=_fake
+)

@@ -1,0 +1,59 @@
+"""What attention needs to know about the batch, set by the model runner around each forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of one layer: each [num_blocks, block_size, num_kv_heads, head_dim]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """One flattened batch of R requests and T tokens; single-token requests come first.
+
+    `slot_mapping` [T], `cu_seqlens` [R + 1], `seq_lens` [R] (tokens in the cache after this pass) and
+    `block_tables` [R, max_blocks] are int64.
+    """
+
+    slot_mapping: Tensor
+    cu_seqlens: Tensor
+    seq_lens: Tensor
+    block_tables: Tensor
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """Metadata and the caches of all layers."""
+
+    metadata: AttentionMetadata
+    kv_caches: Sequence[KVCache]
+
+
+_CURRENT: list[ForwardContext] = []
+
+
+@contextlib.contextmanager
+def forward_context(metadata: AttentionMetadata, kv_caches: Sequence[KVCache]) -> Iterator[None]:
+    """Make the batch known to every attention layer inside the block."""
+    _CURRENT.append(ForwardContext(metadata, kv_caches))
+    try:
+        yield
+    finally:
+        _CURRENT.pop()
+
+
+def current_context() -> ForwardContext:
+    """The innermost context; RuntimeError outside of one."""
+    if not _CURRENT:
+        raise RuntimeError("attention over the paged KV cache ran outside of forward_context")
+    return _CURRENT[-1]

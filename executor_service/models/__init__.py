@@ -1,0 +1,1 @@
+"""Executor models: what runs a family's encoder and language model on this side."""

@@ -1,0 +1,91 @@
+"""What the executor asks of a model, and the checks that say what is missing before anything runs."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol, cast, runtime_checkable
+
+from torch import Tensor, nn
+
+from executor_service.layers.attention import Attention
+from registry.family import ModelFamily
+
+
+@runtime_checkable
+class ExecutorModel(Protocol):
+    """The model protocol. A model is an `nn.Module` made by `cls(ctx)` on the meta device."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding: ids [T] -> [T, hidden]."""
+
+    def embed_multimodal(self, **tensors: Any) -> list[Tensor]:
+        """Features per item, each [num_features, width].
+
+        Its parameter names are the layout's tensors and constants; each is a list with one tensor per
+        item (uint8 already normalised).
+        """
+
+    def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor) -> Tensor:
+        """[T], [T] or [axes, T], [T, hidden] -> hidden states [T, hidden]."""
+
+    def compute_logits(self, rows: Tensor) -> Tensor:
+        """Hidden states [R, hidden] -> logits [R, vocabulary]."""
+
+
+@dataclass(frozen=True)
+class KVGeometry:
+    """Shape of the KV cache: the same for every layer."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def load_model_class(family: ModelFamily) -> type[nn.Module]:
+    """The family's executor model class; TypeError naming what does not fit."""
+    if isinstance(family.cls, type) and issubclass(family.cls, nn.Module):
+        return cast(type[nn.Module], family.cls)
+    name = family.cls.executor_model
+    if not name or ":" not in name:
+        raise TypeError(f'{family.name}: executor_model must name a class as "package.module:Class", it is {name!r}')
+    module_name, _, class_name = name.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise TypeError(f"{family.name}: cannot load the executor model {name!r}: {error}") from error
+    return cast(type[nn.Module], cls)
+
+
+def check_model_class(cls: type, tensor_names: Iterable[str]) -> None:
+    """TypeError naming the first method or keyword of the protocol that `cls` lacks."""
+    for method in ("get_input_embeddings", "embed_multimodal", "forward", "compute_logits"):
+        if not callable(getattr(cls, method, None)):
+            raise TypeError(f"{cls.__name__} lacks the method {method} of the executor model protocol")
+    embed: Any = cls.embed_multimodal  # type: ignore[attr-defined]
+    parameters = inspect.signature(embed).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    accepted = {parameter.name for parameter in parameters} - {"self"}
+    if missing := set(tensor_names) - accepted:
+        raise TypeError(
+            f"{cls.__name__}.embed_multimodal does not take {', '.join(sorted(missing))}, which the layout emits; "
+            f"it takes {', '.join(sorted(accepted))}"
+        )
+
+
+def kv_geometry(model: nn.Module, text_config: Any) -> KVGeometry:
+    """From the model's `Attention` modules if it has any, else from the language model's configuration."""
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    if layers:
+        shapes = {(layer.num_kv_heads, layer.head_dim) for layer in layers}
+        if len(shapes) != 1:
+            raise TypeError(f"{type(model).__name__}: layers with different KV shapes are not supported: {shapes}")
+        (num_kv_heads, head_dim) = shapes.pop()
+        return KVGeometry(max(layer.layer_index for layer in layers) + 1, num_kv_heads, head_dim)
+    num_heads = text_config.num_attention_heads
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads
+    num_kv_heads = getattr(text_config, "num_key_value_heads", None) or num_heads
+    return KVGeometry(text_config.num_hidden_layers, num_kv_heads, head_dim)

@@ -1,0 +1,65 @@
+"""The stock path: transformers' own modules, with attention over our paged KV cache.
+
+Reaches every family and is the reference for faster paths.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from executor_service.layers.attention import IMPLEMENTATION
+from registry import InputContext
+
+
+class StockModel(nn.Module):
+    """A transformers model with a `language_model` and an `lm_head`; a family adds `embed_multimodal`."""
+
+    hf_class: ClassVar[type[PreTrainedModel]]
+
+    def __init__(self, ctx: InputContext) -> None:
+        super().__init__()
+        self.hf = self.hf_class(ctx.model_config)
+        self.hf.set_attn_implementation({"text_config": IMPLEMENTATION, "vision_config": "sdpa"})
+        self.softcap = getattr(ctx.text_config, "final_logit_softcapping", None)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's token embedding."""
+        embeddings: nn.Module = self.hf.get_input_embeddings()
+        return embeddings
+
+    def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor, **adapter: Any) -> Tensor:
+        """One flattened batch through the decoder: [T, hidden] -> [T, hidden]."""
+        outputs = self.hf.model.language_model(
+            inputs_embeds=inputs_embeds[None], position_ids=positions[None], use_cache=False, **adapter
+        )
+        hidden: Tensor = outputs.last_hidden_state[0]
+        return hidden
+
+    def compute_logits(self, rows: Tensor) -> Tensor:
+        """[R, hidden] -> [R, vocabulary]."""
+        logits: Tensor = self.hf.lm_head(rows)
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def initialize_buffers(self) -> None:
+        """Give buffers that no checkpoint holds (rotary frequencies, position ids) their values."""
+        _initialize_buffers(self.hf, self.hf)
+
+    def tie_weights(self) -> None:
+        """Share the embedding with the output head where the configuration says so."""
+        self.hf.tie_weights()
+
+
+def _initialize_buffers(module: nn.Module, owner: PreTrainedModel) -> None:
+    """Each transformers model knows how to initialise its own modules, and not those of models inside it."""
+    if isinstance(module, PreTrainedModel):
+        owner = module
+    if module._non_persistent_buffers_set:
+        owner._init_weights(module)
+    for child in module.children():
+        _initialize_buffers(child, owner)

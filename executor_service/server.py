@@ -1,0 +1,84 @@
+"""The executor service's lifecycle: boot the engine, serve, drain, stop."""
+
+from __future__ import annotations
+
+import logging
+
+from diptych.service.errors import UnavailableError
+from diptych.service.lifecycle import GrpcFrame
+from diptych.service.settings import describe
+from executor_service.front.front import Front
+from executor_service.servicer import SERVICE_NAME, ExecutorServicer, add_to_server
+from executor_service.settings import ExecutorSettings
+from registry import InputContext
+from registry.errors import RegistryError
+from registry.families import bind_family
+from registry.family import ModelFamily
+
+LOG = logging.getLogger("diptych.executor")
+
+
+class ExecutorServer:
+    """A `Service`: see diptych.service.lifecycle."""
+
+    def __init__(self, settings: ExecutorSettings) -> None:
+        self.settings = settings
+        self._frame: GrpcFrame | None = None
+        self._front: Front | None = None
+        self._address = ""
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT it listens on."""
+        return self._address
+
+    @property
+    def front(self) -> Front:
+        """The front, for tests that look inside."""
+        assert self._front is not None
+        return self._front
+
+    async def start(self) -> None:
+        """Listen (health NOT_SERVING), boot the engine, become SERVING."""
+        LOG.info("settings", extra=describe(self.settings))
+        family = _bind_family(self.settings)
+        settings = self.settings
+        self._front = Front(family, settings.engine_config, int(settings.media_memory), settings.max_requests)
+        self._frame = GrpcFrame(settings.host, settings.port, SERVICE_NAME)
+        add_to_server(ExecutorServicer(self._front, settings.model_name), self._frame.server)
+        self._address = await self._frame.start()
+        await self._front.start()
+        self._log_ledger(self._front)
+        await self._frame.set_serving(True)
+
+    async def drain(self, grace: float) -> None:
+        """NOT_SERVING first; then running requests get `grace` seconds."""
+        if self._frame is not None and self._front is not None:
+            await self._frame.set_serving(False)
+            await self._front.drain(grace)
+
+    async def stop(self) -> None:
+        """Close streams, end the engine, free the arena."""
+        if self._frame is not None:
+            await self._frame.stop(1.0)
+        if self._front is not None:
+            await self._front.stop()
+
+    async def wait_failed(self) -> str:
+        """Returns when the engine has died; health is NOT_SERVING by then."""
+        reason = await self.front.wait_failed()
+        assert self._frame is not None
+        await self._frame.set_serving(False)
+        return reason
+
+    @staticmethod
+    def _log_ledger(front: Front) -> None:
+        ledger = front.booted.ledger
+        LOG.info("memory ledger", extra=dict(vars(ledger)))
+
+
+def _bind_family(settings: ExecutorSettings) -> ModelFamily:
+    try:
+        return bind_family(InputContext.from_checkpoint(settings.model, settings.limits), settings.plugin)
+    except RegistryError as error:
+        raise UnavailableError(str(error), stage="boot") from error

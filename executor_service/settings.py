@@ -1,0 +1,70 @@
+"""Settings of the executor service."""
+
+from __future__ import annotations
+
+import os
+from typing import ClassVar, Literal
+
+from pydantic import ByteSize, Field
+
+from diptych.service.settings import ServiceSettings
+from executor_service.engine.messages import EngineConfig
+from registry import MediaLimits
+
+
+class ExecutorSettings(ServiceSettings):
+    """Every flag of `diptych executor`."""
+
+    default_port: ClassVar[int] = 50052
+
+    port: int = Field(50052, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
+    dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = Field(
+        "auto", description="of weights and activations; auto: float32 on CPU, the checkpoint's own on a GPU"
+    )
+    max_model_len: int | None = Field(None, ge=2, description="prompt and output tokens of one request; model's own")
+    max_num_seqs: int = Field(64, ge=1, le=4096, description="requests in one batch")
+    max_num_batched_tokens: int = Field(2048, ge=1, description="tokens in one engine step")
+    block_size: int = Field(16, ge=1, le=256, description="tokens in one KV cache block")
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="share of the GPU's memory the executor may use in all"
+    )
+    kv_cache_memory: ByteSize | None = Field(
+        None, gt=0, description="bytes of the KV cache, e.g. 512MiB; on CPU at most 1 GiB if not given"
+    )
+    media_memory: ByteSize = Field(
+        ByteSize(512 * 1024 * 1024), gt=0, description="shared memory for the tensors of all live requests"
+    )
+    max_requests: int = Field(1024, ge=1, description="live requests; more are refused with RESOURCE_EXHAUSTED")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of the model; default: torch's own choice")
+    check_integrity: bool = Field(False, description="prove blocks and queues after every step (slow; for tests)")
+
+    @property
+    def limits(self) -> MediaLimits:
+        """Limits on media, as the registry knows them."""
+        return MediaLimits(self.limit_mm_per_prompt, self.max_image_side, self.max_image_pixels)
+
+    @property
+    def engine_config(self) -> EngineConfig:
+        """What the engine process is told."""
+        return EngineConfig(
+            model_dir=self.model.resolve(),
+            plugins=self.plugin,
+            limits=self.limits,
+            device=self.device,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            block_size=self.block_size,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            kv_cache_memory=None if self.kv_cache_memory is None else int(self.kv_cache_memory),
+            num_threads=self.num_threads or _threads_by_environment(),
+            check_integrity=self.check_integrity,
+        )
+
+
+def _threads_by_environment() -> int | None:
+    """OMP_NUM_THREADS, which torch reads itself only in some builds."""
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    return int(text) if text.isdigit() and int(text) else None
