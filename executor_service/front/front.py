@@ -118,6 +118,11 @@ class Front:
         return sum(not request.is_at_engine for request in self._requests.values())
 
     @property
+    def num_used_bytes(self) -> int:
+        """Bytes of the arena that live requests hold."""
+        return self._arena.num_used_bytes
+
+    @property
     def is_accepting(self) -> bool:
         """Whether new requests are taken."""
         return not self._draining and self._booted is not None

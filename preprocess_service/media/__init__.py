@@ -1,0 +1,1 @@
+"""Media items: header probing, fetching and decoding."""

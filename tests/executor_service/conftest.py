@@ -1,0 +1,109 @@
+"""Engine-level fixtures: a real tiny checkpoint, its booted engine, and transformers as the reference."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import LlavaForConditionalGeneration
+
+from executor_service.engine.boot import BootedEngine, boot
+from executor_service.engine.core import Engine
+from executor_service.engine.messages import EngineConfig, SamplingParams
+from executor_service.engine.request import EngineItem, Request
+from registry import MediaInfo, MediaItem, MediaLimits, ProcessorInputs
+from registry.family import ModelFamily
+from tests.checkpoints import make_llava_checkpoint
+
+GREEDY = {"temperature": 0.0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llava_checkpoint(tmp_path_factory.mktemp("llava"))
+
+
+def boot_engine(checkpoint: Path, **config: object) -> BootedEngine:
+    settings = {
+        "dtype": "float64",
+        "check_integrity": True,
+        "limits": MediaLimits({"image": 4}),
+        "max_num_batched_tokens": 512,
+        **config,
+    }
+    return boot(EngineConfig(model_dir=checkpoint, **settings), lambda progress: None)
+
+
+class Bench:
+    """An engine, its family and the reference model on the same checkpoint."""
+
+    def __init__(self, checkpoint: Path, booted: BootedEngine, reference: LlavaForConditionalGeneration) -> None:
+        self.booted = booted
+        self.engine: Engine = booted.engine
+        self.family: ModelFamily = booted.family
+        self.reference = reference
+
+    def request(self, number: int, text: str, pictures: list[Image.Image], **sampling: object) -> Request:
+        infos = [MediaInfo.image(picture.height, picture.width) for picture in pictures]
+        ids = self.family.ctx.tokenizer(text)["input_ids"]
+        inputs = self.family.process(ProcessorInputs(ids, infos))
+        items = [
+            EngineItem(placeholder, "image", layout, self._tensors(info, picture))
+            for placeholder, layout, info, picture in zip(
+                inputs.placeholders, inputs.layouts, infos, pictures, strict=True
+            )
+        ]
+        params = SamplingParams(**{"max_tokens": 12, **GREEDY, **sampling})
+        return Request(number, inputs.prompt_token_ids, items, params, self.booted.report.max_model_len)
+
+    def _tensors(self, info: MediaInfo, picture: Image.Image) -> dict[str, torch.Tensor]:
+        arrays = self.family.map_item(MediaItem(info, picture))
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def run(self, requests: list[Request], steps: int | None = None) -> dict[int, list[int]]:
+        for request in requests:
+            self.engine.add(request)
+        outputs: dict[int, list[int]] = defaultdict(list)
+        while self.engine.has_work and steps != 0:
+            report = self.engine.step()
+            for number, token in zip(report.request_ids, report.token_ids, strict=True):
+                outputs[number].append(token)
+            steps = None if steps is None else steps - 1
+        return outputs
+
+    def expected(self, request: Request) -> list[int]:
+        """transformers' greedy continuation of the same prompt and pixels."""
+        prompt = request.token_ids[: request.num_prompt_tokens]
+        pixels = [
+            torch.from_numpy(
+                item.layout.tensors["pixel_values"].normalization.apply(item.tensors["pixel_values"].numpy())
+            )
+            for item in request.items
+        ]
+        kwargs = {"pixel_values": torch.stack(pixels).to(self.reference.dtype)} if pixels else {}
+        count = request.max_tokens - request.num_prompt_tokens
+        ids = torch.from_numpy(prompt.copy())[None]
+        with torch.inference_mode():
+            out = self.reference.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count,
+                do_sample=False, eos_token_id=None, pad_token_id=0, **kwargs,
+            )  # fmt: skip
+        return out[0, len(prompt) :].tolist()
+
+
+def load_reference(checkpoint: Path, dtype: torch.dtype = torch.float64) -> LlavaForConditionalGeneration:
+    return LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: Path) -> LlavaForConditionalGeneration:
+    return load_reference(checkpoint)
+
+
+def picture(seed: int, height: int = 60, width: int = 80) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
