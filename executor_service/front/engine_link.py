@@ -96,9 +96,9 @@ class EngineLink:
                 self._on_step(message)
             case BootProgress():
                 self._on_progress(message)
-            case Booted():
+            case Booted() if not self._booted.done():
                 self._booted.set_result(message)
-            case BootFailed():
+            case BootFailed() if not self._booted.done():
                 self._booted.set_exception(UnavailableError(message.message, stage="boot"))
 
     def _note_death(self) -> None:

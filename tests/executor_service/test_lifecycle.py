@@ -1,0 +1,212 @@
+"""Boot that cannot work says why; an engine that dies takes nobody along silently; stopping drains."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from diptych.service.errors import UnavailableError
+from diptych.service.lifecycle import CHANNEL_OPTIONS
+from executor_service.server import ExecutorServer
+from executor_service.settings import ExecutorSettings
+from registry.fingerprint import fingerprint
+from tests.checkpoints import make_llava_checkpoint
+from tests.executor_service.peer import Peer, Planner, model_facts
+from tests.services import service_thread
+
+
+def boot_error(checkpoint: Path, **settings: object) -> str:
+    server = ExecutorSettings(model=checkpoint, port=0, **settings)
+    with pytest.raises(UnavailableError) as caught, service_thread(lambda: ExecutorServer(server)):
+        pass
+    return str(caught.value)
+
+
+def test_too_little_memory_says_what_to_lower_and_to_what(checkpoint) -> None:
+    """One block of 16 tokens takes 2 x 2 layers x 2 heads x 16 x 16 floats."""
+    block = 2 * 2 * 16 * 2 * 16 * 4
+    message = boot_error(checkpoint, kv_cache_memory=10 * block, max_model_len=320)
+    assert "room for 10 blocks of 16 tokens" in message
+    assert "needs 20" in message
+    assert "lower --max-model-len to 160" in message
+    assert f"raise --kv-cache-memory to {20 * block}" in message
+    with service_thread(
+        lambda: ExecutorServer(
+            ExecutorSettings(model=checkpoint, port=0, kv_cache_memory=10 * block, max_model_len=160)
+        )
+    ) as (server, _):
+        assert server.front.booted.ledger.num_blocks == 10
+
+
+def test_no_room_for_one_item(checkpoint) -> None:
+    assert "raise --max-model-len above 16" in boot_error(checkpoint, max_model_len=16)
+
+
+def test_more_than_the_models_positions(checkpoint) -> None:
+    assert "longer than the model's 2048 positions" in boot_error(checkpoint, max_model_len=4096)
+
+
+def test_a_device_that_is_not_there(checkpoint) -> None:
+    assert "use --device cpu" in boot_error(checkpoint, device="cuda")
+
+
+def test_weights_that_are_missing_or_misshapen(tmp_path) -> None:
+    checkpoint = make_llava_checkpoint(tmp_path / "model")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] += 1
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert "the checkpoint lacks weights: " in boot_error(checkpoint)
+    config["text_config"]["num_hidden_layers"] -= 1
+    config["text_config"]["intermediate_size"] += 2
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert re.search(r"weight .*mlp.* has shape \[.*\], the configuration asks for", boot_error(checkpoint))
+    (checkpoint / "model.safetensors").unlink()
+    assert "lacks model.safetensors" in boot_error(checkpoint)
+
+
+def test_not_a_checkpoint(tmp_path) -> None:
+    assert "has no config.json" in boot_error(tmp_path)
+
+
+def test_a_taken_port(checkpoint) -> None:
+    with service_thread(lambda: ExecutorServer(ExecutorSettings(model=checkpoint, port=0))) as (server, _):
+        port = int(server.address.rpartition(":")[2])
+        second = ExecutorSettings(model=checkpoint, port=port)
+        with pytest.raises(OSError, match="cannot listen on"), service_thread(lambda: ExecutorServer(second)):
+            pass
+
+
+class Command:
+    """`diptych executor` as a user runs it."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "diptych.cli.main", "executor", "--model", str(checkpoint), "--port", "0",
+             "--limit-mm-per-prompt", "image=4", "--check-integrity"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.address = self.process.stdout.readline().removeprefix("listening on ").strip()
+
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def engine_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return next(int(pid) for pid in children if b"engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+def health(channel: grpc.Channel, service: str) -> int:
+    return health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service)).status
+
+
+@pytest.fixture
+def planner(checkpoint) -> Planner:
+    from registry import InputContext, MediaLimits
+    from registry.families import bind_family
+
+    family = bind_family(InputContext.from_checkpoint(checkpoint, MediaLimits({"image": 4})))
+    return Planner(family, fingerprint(family).digest)
+
+
+def test_the_engines_death_ends_every_request_and_the_process(checkpoint, planner) -> None:
+    with Command(checkpoint) as command, grpc.insecure_channel(command.address, options=CHANNEL_OPTIONS) as channel:
+        assert health(channel, "diptych.v1.ExecutorService") == health_pb2.HealthCheckResponse.SERVING
+        with Peer(channel) as peer:
+            waiting, running = planner.plan(), planner.plan("go", sizes=(), max_tokens=1500)
+            peer.start(1, waiting)
+            peer.wait_credit(1)
+            peer.start(2, running)
+            while not peer.answers.get(2) or not peer.answers[2].tokens:
+                peer.read()
+            os.kill(command.engine_pid(), signal.SIGKILL)
+            for handle in (1, 2):
+                answer = peer.finish(handle)
+                assert answer.code is grpc.StatusCode.UNAVAILABLE
+                assert "the engine process ended with exit code -9" in answer.status.message
+        assert command.process.wait(10) == 1
+
+
+def test_sigterm_drains(checkpoint, planner) -> None:
+    """A running request is answered to its end; the engine process does not outlive the command."""
+    with Command(checkpoint) as command, grpc.insecure_channel(command.address, options=CHANNEL_OPTIONS) as channel:
+        engine = command.engine_pid()
+        with Peer(channel) as peer:
+            peer.start(1, planner.plan("go", sizes=(), max_tokens=60))
+            while 1 not in peer.answers or not peer.answers[1].tokens:
+                peer.read()
+            command.process.send_signal(signal.SIGTERM)
+            time.sleep(0.05)
+            peer.start(2, planner.plan("too late", sizes=()))
+            late, early = peer.finish(2), peer.finish(1)
+            assert late.code is grpc.StatusCode.UNAVAILABLE
+            assert len(early.tokens) == 60
+        assert command.process.wait(10) == 0
+        assert not Path(f"/proc/{engine}").exists()
+
+
+def test_a_killed_front_takes_the_engine_along(checkpoint) -> None:
+    with Command(checkpoint) as command:
+        engine = command.engine_pid()
+        command.process.kill()
+        until = time.monotonic() + 10
+        while Path(f"/proc/{engine}").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not Path(f"/proc/{engine}").exists()
+
+
+def test_overload_is_refused_with_a_delay(checkpoint, planner) -> None:
+    settings = ExecutorSettings(model=checkpoint, port=0, max_requests=2, limit_mm_per_prompt={"image": 4})
+    with (
+        service_thread(lambda: ExecutorServer(settings)) as (server, _),
+        grpc.insecure_channel(server.address, options=CHANNEL_OPTIONS) as channel,
+        Peer(channel) as peer,
+    ):
+        for handle in (1, 2, 3):
+            peer.start(handle, planner.plan())
+        answer = peer.finish(3)
+        assert answer.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (answer.facts["limit"], answer.facts["retryable"]) == ("2", "true")
+        assert len(answer.status.details) == 2
+        assert model_facts(channel).architecture == "LlavaForConditionalGeneration"
+
+
+def test_stopping_while_booting(checkpoint) -> None:
+    """Ctrl-C before SERVING ends the command quietly and leaves no engine behind."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diptych.cli.main", "executor", "--model", str(checkpoint), "--port", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stderr:
+        if "load_config" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=20)
+    assert output == ""
+    assert "Traceback" not in errors
+    assert process.returncode in (0, 130)
+
+
+def test_an_event_loop_is_all_a_service_needs(checkpoint) -> None:
+    """`running` is the lifecycle of production; it starts, serves and stops in any loop."""
+    from diptych.service.lifecycle import running
+
+    async def main() -> str:
+        async with running(ExecutorServer(ExecutorSettings(model=checkpoint, port=0))) as server:
+            return server.address
+
+    assert asyncio.run(main()).startswith("127.0.0.1:")

@@ -1,0 +1,211 @@
+"""Bad input over the wire: status, stage and message; the next request works; nothing leaks."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from PIL import Image
+
+from diptych.v1 import preprocess_pb2
+from tests.integration.conftest import media, picture_bytes, prompt_request
+
+
+def failure(call: Callable[[], Any]) -> tuple[str, str, dict[str, str]]:
+    """(status name, message, ErrorInfo metadata) of a call that must fail."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    status = rpc_status.from_call(caught.value)
+    info = error_details_pb2.ErrorInfo()
+    if status is not None:
+        assert status.details[0].Unpack(info)
+        assert info.domain == "diptych.dev"
+    return caught.value.code().name, caught.value.details(), dict(info.metadata)
+
+
+@pytest.fixture(autouse=True)
+def next_request_works(served):
+    yield
+    request = prompt_request("<image> still there", [picture_bytes(0)], max_tokens=3)
+    assert sum(len(response.token_ids) for response in served.stub.Generate(request, timeout=60)) == 3
+
+
+def truncated(file_format: str) -> bytes:
+    data = picture_bytes(7, 200, 200, file_format)
+    return data[: len(data) // 2]
+
+
+def bomb() -> bytes:
+    """A PNG of 7,000 x 8,000,000 pixels in a few bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 8_000_000, 7_000, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def many_pixels() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("1", (8192, 8192)).save(buffer, "PNG")
+    data = bytearray(buffer.getvalue())
+    data[16:24] = struct.pack(">II", 8193, 8192)
+    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    return bytes(data)
+
+
+FILES = {
+    "truncated JPEG": (truncated("JPEG"), "INVALID_ARGUMENT", "decode", "truncated"),
+    "truncated PNG": (truncated("PNG"), "INVALID_ARGUMENT", "decode", ""),
+    "not an image": (b"hello, I am text" * 40, "INVALID_ARGUMENT", "probe", "JPEG"),
+    "zero bytes": (b"", "INVALID_ARGUMENT", "probe", "0 bytes"),
+    "bomb": (bomb(), "INVALID_ARGUMENT", "probe", "8192"),
+    "one column too many": (many_pixels(), "INVALID_ARGUMENT", "probe", "8192"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("position", [0, 1])
+def test_bad_files(served, kind: str, position: int) -> None:
+    data, code, stage, text = FILES[kind]
+    pictures = [picture_bytes(1), picture_bytes(2)]
+    pictures[position] = data
+    request = prompt_request("<image><image>", pictures)
+    status, message, facts = failure(lambda: list(served.stub.Generate(request)))
+    assert (status, facts["stage"], facts["item"]) == (code, stage, str(position)), message
+    assert text in message
+
+
+def test_too_many_images(served) -> None:
+    request = prompt_request("<image>" * 5, [picture_bytes(i) for i in range(5)])
+    status, message, facts = failure(lambda: list(served.stub.Generate(request)))
+    assert (status, facts["limit"], facts["actual"]) == ("INVALID_ARGUMENT", "4", "5")
+    assert "5 image items" in message
+
+
+def test_too_long_a_prompt(served) -> None:
+    status, message, facts = failure(lambda: list(served.stub.Generate(prompt_request("word " * 9000, []))))
+    assert status == "INVALID_ARGUMENT"
+    assert facts["limit"] == "2047"
+    assert facts["actual"] in message
+
+
+def test_unknown_model(served) -> None:
+    request = prompt_request("hi", [])
+    request.model = "another"
+    status, message, _ = failure(lambda: list(served.stub.Generate(request)))
+    assert status == "NOT_FOUND"
+    assert "another" in message
+    assert served.checkpoint.name in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("temperature", -0.5), ("temperature", float("nan")), ("temperature", float("inf")), ("top_p", 0.0),
+     ("top_p", 1.5), ("max_tokens", 0), ("logprobs", 21), ("stop_token_ids", [10**9]), ("stop_token_ids", [1] * 65)],
+)  # fmt: skip
+def test_bad_sampling_values(served, field: str, value: object) -> None:
+    request = prompt_request("hi", [], **{field: value})
+    status, message, facts = failure(lambda: list(served.stub.Generate(request)))
+    assert (status, facts["stage"]) == ("INVALID_ARGUMENT", "admit")
+    assert field in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("min_p", 0.0), ("prompt_logprobs", 0), ("repetition_penalty", 1.0), ("presence_penalty", 0.5),
+     ("frequency_penalty", 0.5), ("logit_bias", {3: 1.0}), ("min_tokens", 1)],
+)  # fmt: skip
+def test_fields_that_are_not_served_yet(served, field: str, value: object) -> None:
+    status, message, _ = failure(lambda: list(served.stub.Generate(prompt_request("hi", [], **{field: value}))))
+    assert status == "UNIMPLEMENTED"
+    assert field in message
+
+
+def test_n_and_priority_are_not_served_yet(served) -> None:
+    for field, value in (("n", 2), ("priority", 1)):
+        request = prompt_request("hi", [])
+        setattr(request, field, value)
+        status, message, _ = failure(lambda request=request: list(served.stub.Generate(request)))
+        assert status == "UNIMPLEMENTED"
+        assert field in message
+
+
+@pytest.mark.parametrize(("text", "count"), [("none", 1), ("<image>", 0), ("<image><image>", 1), ("<image>", 2)])
+def test_placeholders_and_items_disagree(served, text: str, count: int) -> None:
+    request = prompt_request(text, [picture_bytes(i) for i in range(count)])
+    status, message, facts = failure(lambda: list(served.stub.Generate(request)))
+    assert status == "INVALID_ARGUMENT"
+    assert f"{text.count('<image>')} media placeholders" in message
+    assert f"{count} media items" in message
+    assert facts["stage"] == "plan"
+
+
+def test_message_over_the_receive_limit(served) -> None:
+    request = prompt_request("<image>", [bytes(65 * 1024 * 1024)])
+    status, message, _ = failure(lambda: list(served.stub.Generate(request)))
+    assert status == "RESOURCE_EXHAUSTED"
+    assert str(64 * 1024 * 1024) in message
+
+
+def test_empty_requests(served) -> None:
+    for request in (preprocess_pb2.GenerateRequest(), prompt_request("", []),
+                    preprocess_pb2.GenerateRequest(chat=preprocess_pb2.Chat())):  # fmt: skip
+        status, _, facts = failure(lambda request=request: list(served.stub.Generate(request)))
+        assert status == "INVALID_ARGUMENT"
+        assert facts["stage"]
+
+
+def test_media_without_a_source_or_modality(served) -> None:
+    for item in (preprocess_pb2.Media(modality=1), preprocess_pb2.Media(data=picture_bytes(1))):
+        request = preprocess_pb2.GenerateRequest(prompt=preprocess_pb2.Prompt(text="<image>", media=[item]))
+        status, _, facts = failure(lambda request=request: list(served.stub.Generate(request)))
+        assert (status, facts["item"]) == ("INVALID_ARGUMENT", "0")
+
+
+@pytest.mark.parametrize("url", ["data:image/png;base64,@@@", "data:nonsense", "https://example.org/cat.png", "cat"])
+def test_bad_urls(served, url: str) -> None:
+    item = preprocess_pb2.Media(modality=1, url=url)
+    request = preprocess_pb2.GenerateRequest(prompt=preprocess_pb2.Prompt(text="<image>", media=[item]))
+    status, _, facts = failure(lambda: list(served.stub.Generate(request)))
+    assert status == ("UNIMPLEMENTED" if url.startswith("https") else "INVALID_ARGUMENT")
+    assert facts["item"] == "0"
+
+
+def test_client_gone_while_decoding(served) -> None:
+    big = picture_bytes(3, 3000, 3000, "PNG")
+    for _ in range(3):
+        call = served.stub.Generate(prompt_request("<image><image>", [big, big]))
+        call.cancel()
+        served.check_idle()
+
+
+def test_client_gone_while_generating(served) -> None:
+    call = served.stub.Generate(prompt_request("<image>", [picture_bytes(1)], max_tokens=1000))
+    next(call)
+    call.cancel()
+    served.check_idle()
+
+
+def test_plan_reads_headers_only(served) -> None:
+    """A body of garbage behind a good header changes nothing, since nobody looks at it."""
+    good = picture_bytes(9, 120, 90, "JPEG")
+    start = good.index(b"\xff\xda") + 20
+    garbage = good[:start] + b"\x00" * (len(good) - start)
+    for data in (good, garbage):
+        prompt = preprocess_pb2.Prompt(text="<image> x", media=[media(data)])
+        plan = served.stub.Plan(preprocess_pb2.PlanRequest(prompt=prompt))
+        assert (plan.items[0].info.height, plan.items[0].info.width) == (120, 90)
+        assert plan.items[0].placeholder.length == 16
+    request = prompt_request("<image> x", [truncated("PNG")])
+    plan = served.stub.Plan(preprocess_pb2.PlanRequest(prompt=request.prompt))
+    assert plan.items[0].num_feature_tokens == 16
+    assert failure(lambda: list(served.stub.Generate(request)))[0] == "INVALID_ARGUMENT"
