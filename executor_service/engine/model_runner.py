@@ -54,6 +54,16 @@ class ModelRunner:
         sampled = sample(logits, params, [request.request.num_tokens for request in sampling])
         return ModelOutput(sampling, sampled, failed)
 
+    def prompt_positions(
+        self, prompt_token_ids: Sequence[int], items: Sequence[EngineItem]
+    ) -> tuple[np.ndarray | None, int]:
+        """The model's own positions of a prompt and the delta of what follows; (None, 0): counted from 0."""
+        function = getattr(self.model, "positions", None)
+        if function is None:
+            return None, 0
+        positions, delta = function(prompt_token_ids, items)
+        return np.asarray(positions, dtype=np.int64), int(delta)
+
     # --- encoder ----------------------------------------------------------------------------------
 
     def encode(self, items: Sequence[EngineItem]) -> None:
@@ -64,10 +74,7 @@ class ModelRunner:
             for name in group[0].layout.constants:
                 keywords[name] = [torch.from_numpy(item.layout.constants[name]).to(self.device) for item in group]
             for item, features in zip(group, self.model.embed_multimodal(**keywords), strict=True):
-                if features.shape[0] != item.layout.num_tokens:
-                    raise ValueError(
-                        f"the encoder made {features.shape[0]} features, the layout says {item.layout.num_tokens}"
-                    )
+                _check_features(features, item, self.model.get_input_embeddings())
                 item.features = features
 
     def _encode_batch(
@@ -115,26 +122,30 @@ class ModelRunner:
         lengths = np.array([scheduled.num_tokens for scheduled in batch])
         cu_seqlens = np.concatenate(([0], np.cumsum(lengths)))
         starts = np.array([scheduled.request.num_computed_tokens for scheduled in batch])
-        positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1] - starts, lengths)
+        places = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1] - starts, lengths)
+        positions = [
+            scheduled.request.positions(start, start + scheduled.num_tokens)
+            for scheduled, start in zip(batch, starts, strict=True)
+        ]
         token_ids = np.concatenate(
             [_token_ids(scheduled, start) for scheduled, start in zip(batch, starts, strict=True)]
         )
-        metadata = self._metadata(batch, positions, cu_seqlens, starts + lengths)
+        metadata = self._metadata(batch, places, cu_seqlens, starts + lengths)
         ids = self._to_device(token_ids)
         embeddings = self._embed(batch, ids, cu_seqlens)
         with forward_context(metadata, self.kv_caches):
-            hidden = self.model(ids, self._to_device(positions), embeddings)
+            hidden = self.model(ids, self._to_device(np.concatenate(positions, axis=-1)), embeddings)
         return hidden, cu_seqlens[1:]
 
     def _metadata(
-        self, batch: list[ScheduledRequest], positions: np.ndarray, cu_seqlens: np.ndarray, seq_lens: np.ndarray
+        self, batch: list[ScheduledRequest], places: np.ndarray, cu_seqlens: np.ndarray, seq_lens: np.ndarray
     ) -> AttentionMetadata:
         widths = [len(scheduled.request.block_table) for scheduled in batch]
         tables = np.zeros((len(batch), max(widths)), dtype=np.int64)
         for row, scheduled in enumerate(batch):
             tables[row, : widths[row]] = scheduled.request.block_table
         rows = np.repeat(np.arange(len(batch)), np.diff(cu_seqlens))
-        slots = tables[rows, positions // self.block_size] * self.block_size + positions % self.block_size
+        slots = tables[rows, places // self.block_size] * self.block_size + places % self.block_size
         return AttentionMetadata(
             slot_mapping=self._to_device(slots),
             cu_seqlens=self._to_device(cu_seqlens),
@@ -153,6 +164,16 @@ class ModelRunner:
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device)
+
+
+def _check_features(features: Tensor, item: EngineItem, embeddings: Any) -> None:
+    """ValueError unless the encoder's output fits the item's places in the prompt."""
+    width = embeddings.weight.shape[-1]
+    if tuple(features.shape) != (item.layout.num_tokens, width):
+        raise ValueError(
+            f"the encoder made features {list(features.shape)}; the layout and the embedding ask for "
+            f"{[item.layout.num_tokens, width]}"
+        )
 
 
 def _token_ids(scheduled: ScheduledRequest, start: int) -> np.ndarray:

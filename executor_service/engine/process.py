@@ -67,8 +67,16 @@ class EngineProcess:
 
     def _make_request(self, submit: Submit) -> Request:
         items = [self._make_item(item) for item in submit.items]
+        positions, delta = self._engine.runner.prompt_positions(submit.prompt_token_ids, items)
         return Request(
-            submit.request_id, submit.prompt_token_ids, items, submit.sampling, self._max_model_len, submit.priority
+            submit.request_id,
+            submit.prompt_token_ids,
+            items,
+            submit.sampling,
+            self._max_model_len,
+            submit.priority,
+            positions,
+            delta,
         )
 
     def _make_item(self, item: ItemSlots) -> EngineItem:

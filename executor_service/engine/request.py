@@ -41,6 +41,8 @@ class Request:
         sampling: SamplingParams,
         max_model_len: int,
         priority: int = 0,
+        positions: np.ndarray | None = None,
+        decode_delta: int = 0,
     ) -> None:
         self.request_id = request_id
         self.items = items
@@ -55,6 +57,8 @@ class Request:
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.block_table: list[int] = []
+        self._prompt_positions = positions
+        self._decode_delta = decode_delta
         self.finish_reason: FinishReason | None = None
         self.error = ""
         self.arrived = time.monotonic()
@@ -75,6 +79,18 @@ class Request:
     def is_finished(self) -> bool:
         """Whether the request has ended."""
         return self.finish_reason is not None
+
+    def positions(self, start: int, end: int) -> np.ndarray:
+        """Positions of tokens `start` to `end`: int64 [n], or [axes, n] where the model has several axes.
+
+        Those of the prompt are the model's own if it gave any; output token n is at n + `decode_delta`.
+        """
+        counted = np.arange(start, end, dtype=np.int64) + self._decode_delta
+        if self._prompt_positions is None:
+            return counted
+        given = self._prompt_positions[..., start : min(end, self.num_prompt_tokens)]
+        rest = counted[given.shape[-1] :]
+        return np.concatenate([given, np.broadcast_to(rest, (*given.shape[:-1], len(rest)))], axis=-1)
 
     def append(self, token_id: int, eos_token_ids: frozenset[int]) -> None:
         """Add an output token, and finish if it ends the answer."""

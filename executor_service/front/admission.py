@@ -52,6 +52,7 @@ class AdmittedRequest:
     items: tuple[AdmittedItem, ...]
     sampling: SamplingParams
     time_left: float | None
+    traceparent: str
 
     @property
     def num_image_tokens(self) -> int:
@@ -80,6 +81,7 @@ class Admission:
             prompt_token_ids=token_ids.tolist(),
             items=tuple(items),
             sampling=self._sampling(start.sampling, len(token_ids)),
+            traceparent=start.traceparent,
             time_left=start.time_left.ToNanoseconds() / 1e9 if start.HasField("time_left") else None,
         )
 

@@ -258,6 +258,7 @@ class Front:
     def _close(self, request: FrontRequest) -> None:
         del self._requests[request.number]
         self._closed.set()
+        _log_end(request)
         if request.deadline is not None:
             request.deadline.cancel()
         if request.reservation is not None:
@@ -312,6 +313,19 @@ class Front:
                 while self._requests:
                     self._closed.clear()
                     await self._closed.wait()
+
+
+def _log_end(request: FrontRequest) -> None:
+    LOG.debug(
+        "request ended",
+        extra={
+            "request_id": request.admitted.request_id,
+            "traceparent": request.admitted.traceparent,
+            "seconds": round(time.monotonic() - request.started, 6),
+            "output_tokens": request.num_output_tokens,
+            "error": request.error.reason if request.error else None,
+        },
+    )
 
 
 def _completion(request: FrontRequest, finished: Finished) -> executor_pb2.Completion:

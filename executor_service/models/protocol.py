@@ -16,7 +16,13 @@ from registry.family import ModelFamily
 
 @runtime_checkable
 class ExecutorModel(Protocol):
-    """The model protocol. A model is an `nn.Module` made by `cls(ctx)` on the meta device."""
+    """The model protocol. A model is an `nn.Module` made by `cls(ctx)` on the meta device.
+
+    Optional: `rename_weight(name) -> name | None` for checkpoint names, `initialize_buffers()` for buffers
+    that no checkpoint holds, `tie_weights()`, and `positions(prompt_token_ids, items) -> (positions,
+    decode_delta)` where positions are not simply counted: int64 [n] or [axes, n], and what is added to
+    the number of an output token.
+    """
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding: ids [T] -> [T, hidden]."""
@@ -64,6 +70,8 @@ def check_model_class(cls: type, tensor_names: Iterable[str]) -> None:
     for method in ("get_input_embeddings", "embed_multimodal", "forward", "compute_logits"):
         if not callable(getattr(cls, method, None)):
             raise TypeError(f"{cls.__name__} lacks the method {method} of the executor model protocol")
+    if hasattr(cls, "bidirectional_spans"):
+        raise TypeError(f"{cls.__name__}.bidirectional_spans: bidirectional spans are not served yet")
     embed: Any = cls.embed_multimodal  # type: ignore[attr-defined]
     parameters = inspect.signature(embed).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -52,7 +54,7 @@ class ArenaMachine(RuleBasedStateMachine):
         self.arena.check_integrity()
         assert self.granted == sorted(self.granted)
         ordered = sorted(self.regions)
-        assert all(a.end <= b.offset for a, b in zip(ordered, ordered[1:], strict=False))
+        assert all(a.end <= b.offset for a, b in pairwise(ordered))
         assert self.arena.num_used_bytes == sum(region.num_bytes for region in self.regions)
 
 

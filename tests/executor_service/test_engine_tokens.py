@@ -138,6 +138,21 @@ def check_logprobs(bench: Bench, request: Request, entries: list) -> None:
         )
 
 
+def test_positions_of_the_models_own(bench: Bench, monkeypatch) -> None:
+    """A model may give prompt positions and a delta; text is then continued from there."""
+    model = _Wrapped(bench.engine.runner.model, bench.engine.runner.model)
+    model.positions = lambda ids, items: (np.arange(len(ids)) + 3, 3)
+    monkeypatch.setattr(bench.engine.runner, "model", model)
+    requests = mixed_requests(bench, 3)
+    for request in requests:
+        ids = request.token_ids[: request.num_prompt_tokens]
+        request._prompt_positions, request._decode_delta = bench.engine.runner.prompt_positions(ids, request.items)
+    outputs = bench.run(requests)
+    for request in requests:
+        # Rotary attention sees differences of positions only, so a common shift changes nothing.
+        assert outputs[request.request_id] == bench.expected(request)
+
+
 class TestNegativeControls:
     """The comparisons above would notice: each of these must change the tokens."""
 

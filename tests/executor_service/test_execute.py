@@ -68,12 +68,12 @@ def test_many_requests_on_one_stream(channel, planner, expected) -> None:
         for handle, planned in plans.items():
             assert peer.wait_credit(handle).missing == [0]
             peer.send_tensors(handle, planned)
-        for handle in plans:
+        for handle, planned in plans.items():
             answer = peer.finish(handle)
             assert answer.tokens == expected
             usage = answer.finals[0].completion.usage
             assert (usage.image_tokens, usage.completion_tokens) == (16, len(expected))
-            assert usage.prompt_tokens == len(plans[handle].start.prompt_token_ids)
+            assert usage.prompt_tokens == len(planned.start.prompt_token_ids)
 
 
 def test_half_closed_stream_is_answered_to_its_end(channel, planner, expected) -> None:

@@ -12,7 +12,15 @@ from diptych.v1 import preprocess_pb2
 from tests.integration.conftest import picture_bytes, prompt_request
 from tests.services import stack
 
-FORMATS = [("PNG", "RGB"), ("JPEG", "RGB"), ("PNG", "RGBA"), ("GIF", "P"), ("WEBP", "RGB"), ("JPEG", "CMYK"), ("PNG", "L")]
+FORMATS = [
+    ("PNG", "RGB"),
+    ("JPEG", "RGB"),
+    ("PNG", "RGBA"),
+    ("GIF", "P"),
+    ("WEBP", "RGB"),
+    ("JPEG", "CMYK"),
+    ("PNG", "L"),
+]
 
 
 def make_case(number: int) -> tuple[str, list[bytes], int]:
@@ -41,9 +49,7 @@ def collect(stub, request) -> tuple[list[int], str, preprocess_pb2.GenerateFinal
 def test_tokens_equal_generate(served, reference, concurrency: int) -> None:
     cases = [make_case(number) for number in range(20)]
     with ThreadPoolExecutor(concurrency) as pool:
-        answers = list(
-            pool.map(lambda c: collect(served.stub, prompt_request(c[0], c[1], max_tokens=c[2])), cases)
-        )
+        answers = list(pool.map(lambda c: collect(served.stub, prompt_request(c[0], c[1], max_tokens=c[2])), cases))
     for (text, pictures, length), (tokens, answer, final) in zip(cases, answers, strict=True):
         assert tokens == reference.generate(text, pictures, length)
         assert final.usage.prompt_tokens == len(reference.prompt_ids(text))
@@ -83,9 +89,7 @@ def test_preemption_and_both_kinds_of_streams(checkpoint, reference, streams: st
     with stack(checkpoint, executor=settings, preprocess={"executor_streams": streams}) as services:
         cases = [make_case(number) for number in range(8)]
         with ThreadPoolExecutor(8) as pool:
-            answers = list(
-                pool.map(lambda c: collect(services.stub, prompt_request(c[0], c[1], max_tokens=40)), cases)
-            )
+            answers = list(pool.map(lambda c: collect(services.stub, prompt_request(c[0], c[1], max_tokens=40)), cases))
         for (text, pictures, _), (tokens, _, _) in zip(cases, answers, strict=True):
             assert tokens == reference.generate(text, pictures, 40)
         services.check_idle()
@@ -108,7 +112,7 @@ def test_logprobs(served, reference) -> None:
     entries = [entry for response in served.stub.Generate(request) for entry in response.logprobs]
     assert len(entries) == 10
     for entry in entries:
-        assert [top.token_id for top in entry.top][0] == entry.chosen.token_id
+        assert entry.top[0].token_id == entry.chosen.token_id
         assert entry.chosen.logprob == pytest.approx(entry.top[0].logprob)
         assert len(entry.top) == 3
 
