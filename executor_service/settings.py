@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import ByteSize, Field
 
 from diptych.service.settings import ServiceSettings
-from executor_service.engine.messages import EngineConfig
-from registry import MediaLimits
+
+if TYPE_CHECKING:  # these import transformers, for which `--help` need not wait
+    from executor_service.engine.messages import EngineConfig
+    from registry import MediaLimits
 
 
 class ExecutorSettings(ServiceSettings):
@@ -42,11 +44,15 @@ class ExecutorSettings(ServiceSettings):
     @property
     def limits(self) -> MediaLimits:
         """Limits on media, as the registry knows them."""
+        from registry import MediaLimits
+
         return MediaLimits(self.limit_mm_per_prompt, self.max_image_side, self.max_image_pixels)
 
     @property
     def engine_config(self) -> EngineConfig:
         """What the engine process is told."""
+        from executor_service.engine.messages import EngineConfig
+
         return EngineConfig(
             model_dir=self.model.resolve(),
             plugins=self.plugin,

@@ -109,18 +109,21 @@ async def running(service: Service, grace: float = 0.0) -> AsyncIterator[Service
 
 
 async def serve(service: Service, grace: float, announce: Callable[[str], None] | None = None) -> int:
-    """Run a service until SIGINT, SIGTERM or its failure; returns the exit code (0, or 1 after a failure)."""
-    stopped = asyncio.Event()
+    """Run a service until SIGINT, SIGTERM or its failure; returns the exit code.
+
+    0 after SIGTERM, 130 after SIGINT (Ctrl-C), 1 after a failure.
+    """
+    stopped = _Stopped()
     with _signals(stopped):
         start = asyncio.create_task(service.start())
         stop = asyncio.create_task(stopped.wait())
         try:
             await asyncio.wait((start, stop), return_when=asyncio.FIRST_COMPLETED)
             if not start.done():
-                return 0
+                return stopped.exit_code
             start.result()
             (announce or _announce)(service.address)
-            return await _until_stopped_or_failed(service, stop)
+            return 1 if await _fails_before_stop(service, stop) else stopped.exit_code
         finally:
             start.cancel()
             stop.cancel()
@@ -130,35 +133,50 @@ async def serve(service: Service, grace: float, announce: Callable[[str], None] 
             await service.stop()
 
 
-async def _until_stopped_or_failed(service: Service, stop: asyncio.Task[bool]) -> int:
+async def _fails_before_stop(service: Service, stop: asyncio.Task[bool]) -> bool:
     failed = asyncio.create_task(service.wait_failed())
     await asyncio.wait((stop, failed), return_when=asyncio.FIRST_COMPLETED)
     if failed.done() and not failed.cancelled():
         LOG.error("stopping: %s", failed.result())
-        return 1
+        return True
     failed.cancel()
     LOG.info("stopping: draining")
-    return 0
+    return False
 
 
 def run_service(make: Callable[[], Service], grace: float) -> int:
-    """Make and run a service in a fresh event loop; errors at boot go to standard error."""
+    """Make and run a service in a fresh event loop; errors at boot go to standard error as `STATUS_NAME: message`."""
 
     async def main() -> int:
         return await serve(make(), grace)
 
     try:
         return asyncio.run(main())
-    except (DiptychError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except DiptychError as error:
+        details = "".join(f"\n  {name}: {value}" for name, value in error.metadata.items())
+        print(f"{error.code.name}: {error.message}{details}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"UNAVAILABLE: {error}", file=sys.stderr)
         return 1
 
 
+class _Stopped(asyncio.Event):
+    """Set by a signal; knows the exit code that the signal asks for."""
+
+    exit_code = 0
+
+    def set_by(self, number: signal.Signals) -> None:
+        if not self.is_set() and number == signal.SIGINT:
+            self.exit_code = 130
+        self.set()
+
+
 @contextlib.contextmanager
-def _signals(stopped: asyncio.Event, signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)):  # type: ignore[no-untyped-def]
+def _signals(stopped: _Stopped, signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)):  # type: ignore[no-untyped-def]
     loop = asyncio.get_running_loop()
     for number in signals:
-        loop.add_signal_handler(number, stopped.set)
+        loop.add_signal_handler(number, stopped.set_by, number)
     try:
         yield
     finally:

@@ -1,0 +1,113 @@
+"""The synchronous client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from diptych.client.channel import CHANNEL_OPTIONS
+from diptych.client.errors import from_rpc_error
+from diptych.client.inputs import Chat, GenerateOptions, Prompt, generate_request, plan_request
+from diptych.client.results import (
+    ExecutorModel,
+    Generation,
+    Model,
+    Piece,
+    Plan,
+    executor_model_from_proto,
+    models_from_proto,
+    piece_from_proto,
+    plan_from_proto,
+)
+from diptych.v1 import executor_pb2, preprocess_pb2
+from diptych.v1.executor_pb2_grpc import ExecutorServiceStub
+from diptych.v1.preprocess_pb2_grpc import PreprocessServiceStub
+
+
+class Client:
+    """Talks to one address; `timeout` in seconds is the default deadline of every call. Errors are RequestError."""
+
+    def __init__(self, address: str, timeout: float | None = None) -> None:
+        self._channel: Any = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub: Any = PreprocessServiceStub(self._channel)
+        self._executor: Any = ExecutorServiceStub(self._channel)
+        self._timeout = timeout
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection."""
+        self._channel.close()
+
+    def stream(
+        self, prompt: Prompt | Chat, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Iterator[Piece]:
+        """The answer piece by piece; closing the iterator cancels the request."""
+        call = self._stub.Generate(generate_request(prompt, options), timeout=timeout or self._timeout)
+        try:
+            for message in call:
+                yield piece_from_proto(message)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        finally:
+            call.cancel()
+
+    def generate(
+        self, prompt: Prompt | Chat, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Generation:
+        """The whole answer."""
+        return collect(self.stream(prompt, timeout=timeout, **options))
+
+    def plan(self, prompt: Prompt | Chat, *, model: str | None = None) -> Plan:
+        """Token ids, placeholder ranges and tensor shapes; nothing is decoded."""
+        return plan_from_proto(self._call(self._stub.Plan, plan_request(prompt, model)))
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        request = preprocess_pb2.TokenizeRequest(text=text, add_special_tokens=add_special_tokens)
+        return list(self._call(self._stub.Tokenize, request).token_ids)
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+        request = preprocess_pb2.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+        text: str = self._call(self._stub.Detokenize, request).text
+        return text
+
+    def list_models(self) -> list[Model]:
+        """The models the service serves."""
+        return models_from_proto(self._call(self._stub.ListModels, preprocess_pb2.ListModelsRequest()))
+
+    def get_model(self) -> ExecutorModel:
+        """What an executor (not a preprocess service) serves."""
+        return executor_model_from_proto(self._call(self._executor.GetModel, executor_pb2.GetModelRequest()))
+
+    def health(self, service: str = "") -> str:
+        """`"SERVING"`, `"NOT_SERVING"`, …; "" asks for the process, a name for that service."""
+        check = health_pb2_grpc.HealthStub(self._channel).Check
+        response = self._call(check, health_pb2.HealthCheckRequest(service=service))
+        name: str = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
+        return name
+
+    def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return method(request, timeout=self._timeout)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+
+
+def collect(pieces: Iterable[Piece]) -> Generation:
+    """The whole answer of its pieces."""
+    generation = Generation()
+    for piece in pieces:
+        generation.add(piece)
+    return generation

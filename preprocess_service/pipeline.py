@@ -1,0 +1,214 @@
+"""The path of a request through this service: the table of contents.
+
+admit -> plan (fetch, probe headers, render chat, tokenize, lay out and expand) -> Start to the executor ->
+decode and map what it misses, streaming chunks -> detokenize what comes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Final
+
+from diptych.service.errors import (
+    DeadlineError,
+    DiptychError,
+    InternalError,
+    InvalidInputError,
+    LimitExceededError,
+    OverloadedError,
+    UnavailableError,
+)
+from diptych.service.sampling import check_sampling
+from preprocess_service.answer import Answer
+from preprocess_service.executor_client import Completed, ExecutorPool, RemoteRequest, TokenOutput
+from preprocess_service.executor_client.messages import make_start
+from preprocess_service.executor_client.request import MissingItems
+from preprocess_service.media.decode import MediaWorkers
+from preprocess_service.planning import Checkpoint, Planner
+from preprocess_service.requests import Chat, Deadline, Delta, Ended, GenerateCall, Media, MediaHeader, Plan, Prompt
+
+LOG = logging.getLogger("diptych.preprocess")
+RETRY_AFTER: Final = 0.5
+MAX_STOP_STRINGS: Final = 16
+MAX_STOP_LENGTH: Final = 256
+MAX_REQUEST_ID_LENGTH: Final = 128
+INLINE_PLAN_BYTES: Final = 128 * 1024
+"""Requests up to this size are planned on the event loop; a thread would cost more than the planning."""
+
+
+class Pipeline:
+    """Serves requests for one checkpoint with the executors of one pool."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        planner: Planner,
+        media: MediaWorkers,
+        executors: ExecutorPool,
+        max_pending_requests: int,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._planner = planner
+        self._media = media
+        self._executors = executors
+        self._max_pending = max_pending_requests
+        self._num_pending = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._is_draining = False
+
+    async def generate(self, call: GenerateCall) -> AsyncIterator[Delta | Ended]:
+        """The answer in pieces, and its end."""
+        with self._admit():
+            check_call(call, self._checkpoint.family.ctx.vocab_size)
+            plan = await self._plan(call.input, call.deadline)
+            call.deadline.check("start")
+            start = make_start(call, plan, self._checkpoint.fingerprint.digest)
+            with self._executors.choose().request(start) as remote:
+                async for piece in self._answer(call, plan, remote):
+                    yield piece
+
+    async def plan(self, prompt: Prompt | Chat, deadline: Deadline) -> Plan:
+        """Only the planning."""
+        with self._admit():
+            return await self._plan(prompt, deadline)
+
+    async def drain(self, grace: float) -> None:
+        """Refuse new requests; returns when the last one has ended, or after `grace` seconds."""
+        self._is_draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), grace)
+
+    # --- admit ------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _admit(self) -> Iterator[None]:
+        if self._is_draining:
+            raise UnavailableError("the service is stopping", stage="admit", retry_after=RETRY_AFTER)
+        if self._num_pending >= self._max_pending:
+            raise OverloadedError(
+                f"{self._num_pending} requests are being worked on, as many as are allowed",
+                stage="admit",
+                limit=self._max_pending,
+                actual=self._num_pending + 1,
+                retry_after=RETRY_AFTER,
+            )
+        self._num_pending += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_pending -= 1
+            if not self._num_pending:
+                self._idle.set()
+
+    # --- plan -------------------------------------------------------------------------------------
+
+    async def _plan(self, prompt: Prompt | Chat, deadline: Deadline) -> Plan:
+        deadline.check("plan")
+        if _size_of(prompt) <= INLINE_PLAN_BYTES:
+            return self._planner.plan(prompt)
+        return await asyncio.to_thread(self._planner.plan, prompt)
+
+    # --- decode, map, stream, detokenize ----------------------------------------------------------
+
+    async def _answer(self, call: GenerateCall, plan: Plan, remote: RemoteRequest) -> AsyncIterator[Delta | Ended]:
+        answer = Answer(self._checkpoint.tokenizer, call.stop, plan)
+        sender: asyncio.Task[None] | None = None
+        timer = remote.fail_after(call.deadline.time_left, lambda: _late(sender))
+        try:
+            while True:
+                delta = Delta()
+                ended: Ended | None = None
+                for event in await remote.next_events():
+                    if isinstance(event, MissingItems):
+                        sender = asyncio.create_task(self._send_items(event.indices, plan, remote, answer))
+                    elif isinstance(event, TokenOutput):
+                        answer.add(event.token_id, event.logprobs, delta)
+                        if answer.is_stopped:
+                            ended = answer.stopped()
+                            remote.release()
+                            break
+                    elif isinstance(event, Completed):
+                        ended = answer.complete(event.completion)
+                if delta.token_ids:
+                    yield delta
+                if ended is not None:
+                    yield ended
+                    return
+        finally:
+            if sender is not None:
+                sender.cancel()
+            if timer is not None:
+                timer.cancel()
+
+    async def _send_items(self, indices: Sequence[int], plan: Plan, remote: RemoteRequest, answer: Answer) -> None:
+        """Every missing item as soon as it is ready; the first failure ends the request."""
+        tasks = [asyncio.create_task(self._send_item(index, plan, remote, answer)) for index in indices]
+        try:
+            await asyncio.gather(*tasks)
+        except DiptychError as error:
+            remote.fail(error)
+        except Exception:
+            LOG.exception("unexpected error while decoding or mapping")
+            remote.fail(InternalError("internal error; the server's log has the details", stage="decode"))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _send_item(self, index: int, plan: Plan, remote: RemoteRequest, answer: Answer) -> None:
+        if index >= len(plan.items):
+            raise InternalError(f"the executor asks for item {index} of {len(plan.items)}", stage="decode")
+        item = plan.items[index]
+        mapped = await self._media.load(item, index)
+        answer.add_times(mapped.decode_seconds, mapped.map_seconds)
+        for tensor_index, name in enumerate(item.layout.tensors):
+            remote.send_tensor(index, tensor_index, mapped.tensors[name])
+
+
+def check_call(call: GenerateCall, vocab_size: int) -> None:
+    """What can be refused without looking at the input."""
+    check_sampling(call.sampling, vocab_size=vocab_size)
+    if len(call.request_id) > MAX_REQUEST_ID_LENGTH:
+        raise _too_many("request_id has {} characters", len(call.request_id), MAX_REQUEST_ID_LENGTH)
+    if len(call.stop) > MAX_STOP_STRINGS:
+        raise _too_many("stop has {} strings", len(call.stop), MAX_STOP_STRINGS)
+    for text in call.stop:
+        if not text:
+            raise InvalidInputError("a stop string is empty", stage="admit", limit=1, actual=0, field="stop")
+        if len(text) > MAX_STOP_LENGTH:
+            raise _too_many("a stop string has {} characters", len(text), MAX_STOP_LENGTH)
+    for index, media in enumerate(call.input.media):
+        if isinstance(media.source, MediaHeader):
+            raise InvalidInputError(
+                f"item {index} is only a header: Plan takes those, Generate needs the whole file",
+                stage="admit",
+                item=index,
+            )
+
+
+def _too_many(what: str, actual: int, limit: int) -> LimitExceededError:
+    return LimitExceededError(
+        f"{what.format(actual)}; at most {limit} are allowed", stage="admit", limit=limit, actual=actual
+    )
+
+
+def _late(sender: asyncio.Task[None] | None) -> DiptychError:
+    stage = "generate" if sender is None or sender.done() else "decode"
+    return DeadlineError(f"the deadline passed in stage {stage!r}", stage=stage)
+
+
+def _size_of(prompt: Prompt | Chat) -> int:
+    """Bytes of text and media, roughly: what planning has to look at."""
+    if isinstance(prompt, Prompt):
+        texts = len(prompt.text)
+    else:
+        texts = sum(len(part) for message in prompt.messages for part in message.parts if isinstance(part, str))
+    return texts + sum(_media_size(media) for media in prompt.media)
+
+
+def _media_size(media: Media) -> int:
+    return len(media.source.prefix) if isinstance(media.source, MediaHeader) else len(media.source)

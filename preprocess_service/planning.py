@@ -1,0 +1,161 @@
+"""The half of a request that needs no pixels: fetch, probe, render, tokenize, lay out and expand.
+
+It runs in the service and, for `diptych plan --model`, in the command itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from diptych.service.errors import InvalidInputError, LimitExceededError, UnimplementedError
+from diptych.service.media_errors import from_media_error
+from preprocess_service.chat import ChatRenderer
+from preprocess_service.media.headers import HeaderError, ImageHeader, TruncatedHeader, probe_image
+from preprocess_service.media.sources import fetch
+from preprocess_service.requests import Chat, Media, MediaHeader, Plan, PlannedItem, Prompt
+from preprocess_service.tokens import TextTokenizer
+from registry import InputContext, MediaInfo, MediaLimits, PlaceholderRange, ProcessorInputs
+from registry.errors import MediaError
+from registry.families import bind_family
+from registry.family import ModelFamily
+from registry.fingerprint import Fingerprint, fingerprint
+
+DEFAULT_MAX_MEDIA_BYTES: Final = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """What one request may be. `max_model_len` bounds prompt and output tokens; None: not known."""
+
+    media: MediaLimits = field(default_factory=MediaLimits)
+    max_model_len: int | None = None
+
+
+class Checkpoint:
+    """A checkpoint as this service uses it: family, tokenizers, chat template, fingerprint."""
+
+    def __init__(self, model_dir: Path, plugins: Sequence[str] = (), limits: MediaLimits | None = None) -> None:
+        self.family: ModelFamily = bind_family(InputContext.from_checkpoint(model_dir, limits), plugins)
+        self.tokenizer = TextTokenizer(self.family.ctx.tokenizer)
+        texts = self.family.placeholder_texts
+        ids = {token_id: texts[modality] for token_id, modality in self.family.modality_of_placeholder.items()}
+        self.chat = ChatRenderer(self.family.ctx, self.tokenizer, texts, ids)
+        self.fingerprint: Fingerprint = fingerprint(self.family)
+
+
+class Planner:
+    """Plans requests against one checkpoint; safe to use from several threads."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        limits: Callable[[], RequestLimits],
+        max_media_bytes: int = DEFAULT_MAX_MEDIA_BYTES,
+    ) -> None:
+        self._family = checkpoint.family
+        self._checkpoint = checkpoint
+        self._limits = limits
+        self._max_media_bytes = max_media_bytes
+
+    def plan(self, prompt: Prompt | Chat) -> Plan:
+        """Token ids, placeholder ranges and tensor shapes of a request; nothing is decoded."""
+        start = time.perf_counter()
+        limits = self._limits()
+        self._check_input(prompt, limits)
+        sources = [fetch(media, index, self._max_media_bytes) for index, media in enumerate(prompt.media)]
+        headers = [_probe(source, index) for index, source in enumerate(sources)]
+        infos = [_measure(header, index, limits) for index, header in enumerate(headers)]
+        token_ids = self._tokenize(prompt)
+        expanded = self._expand(token_ids, infos)
+        _check_length(len(expanded.prompt_token_ids), limits)
+        items = map(self._planned_item, infos, headers, sources, expanded.placeholders)
+        return Plan(expanded.prompt_token_ids, tuple(items), time.perf_counter() - start)
+
+    # --- stages -----------------------------------------------------------------------------------
+
+    def _check_input(self, prompt: Prompt | Chat, limits: RequestLimits) -> None:
+        is_empty = not prompt.messages if isinstance(prompt, Chat) else not prompt.text
+        if is_empty:
+            what = "conversation has no messages" if isinstance(prompt, Chat) else "prompt is empty"
+            raise InvalidInputError(f"the {what}", stage="admit")
+        for index, media in enumerate(prompt.media):
+            self._check_modality(media, index)
+        try:
+            limits.media.check_counts(Counter(media.modality for media in prompt.media))
+        except MediaError as error:
+            raise from_media_error(error, "admit") from error
+
+    def _check_modality(self, media: Media, index: int) -> None:
+        modality = media.modality
+        if modality != "image" or not self._family.has_layout(modality):
+            raise UnimplementedError(
+                f"item {index} is {modality}; {modality} items are not served yet",
+                stage="admit",
+                item=index,
+                modality=modality,
+            )
+
+    def _tokenize(self, prompt: Prompt | Chat) -> list[int]:
+        if isinstance(prompt, Chat):
+            return self._checkpoint.chat.encode(prompt)
+        return self._checkpoint.tokenizer.encode(prompt.text)
+
+    def _expand(self, token_ids: list[int], infos: list[MediaInfo]) -> ProcessorInputs:
+        if not token_ids:
+            raise InvalidInputError("the prompt has no tokens", stage="tokenize")
+        try:
+            return self._family.process(ProcessorInputs(token_ids, infos))
+        except MediaError as error:
+            raise from_media_error(error, "plan") from error
+
+    def _planned_item(
+        self, info: MediaInfo, header: ImageHeader, source: bytes | MediaHeader, placeholder: PlaceholderRange
+    ) -> PlannedItem:
+        data = None if isinstance(source, MediaHeader) else source
+        digest = None if data is None else self._digest(data)
+        return PlannedItem(info, self._family.layout(info), placeholder, header.format, digest, data)
+
+    def _digest(self, data: bytes) -> bytes:
+        hasher = hashlib.sha256(self._checkpoint.fingerprint.digest)
+        hasher.update(data)
+        return hasher.digest()
+
+
+def _probe(source: bytes | MediaHeader, index: int) -> ImageHeader:
+    try:
+        if isinstance(source, MediaHeader):
+            return probe_image(source.prefix, source.total_bytes)
+        return probe_image(source)
+    except TruncatedHeader as error:
+        raise InvalidInputError(
+            f"item {index}: {error}", stage="probe", item=index, bytes_needed=error.bytes_needed
+        ) from error
+    except HeaderError as error:
+        raise InvalidInputError(f"item {index}: {error}", stage="probe", item=index) from error
+
+
+def _measure(header: ImageHeader, index: int, limits: RequestLimits) -> MediaInfo:
+    info = MediaInfo.image(header.height, header.width)
+    try:
+        limits.media.check_size(info, index)
+    except MediaError as error:
+        raise from_media_error(error, "probe") from error
+    return info
+
+
+def _check_length(num_tokens: int, limits: RequestLimits) -> None:
+    """At least one output token must fit behind the prompt."""
+    if limits.max_model_len is not None and num_tokens > limits.max_model_len - 1:
+        raise LimitExceededError(
+            f"the prompt has {num_tokens} tokens; at most {limits.max_model_len - 1} fit "
+            f"(max_model_len {limits.max_model_len} leaves room for one output token)",
+            stage="plan",
+            limit=limits.max_model_len - 1,
+            actual=num_tokens,
+        )

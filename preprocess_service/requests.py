@@ -1,0 +1,143 @@
+"""Requests as plain dataclasses: what the pipeline works on, free of the contract's messages."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Final
+
+from diptych.service.errors import DeadlineError
+from diptych.v1 import tensor_pb2
+from registry import ItemLayout, MediaInfo, PlaceholderRange
+
+DEADLINE_MARGIN: Final = 0.005
+"""Seconds before the client's deadline at which a request counts as late: the error should still arrive."""
+
+
+@dataclass(frozen=True, slots=True)
+class MediaHeader:
+    """The beginning of a media file, and the size of the whole in bytes."""
+
+    prefix: bytes
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """One media item as it was sent: the file's bytes, a URL, or the file's beginning."""
+
+    modality: str
+    source: bytes | str | MediaHeader
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Text in which every placeholder stands for one item."""
+
+    text: str
+    media: tuple[Media, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn: texts and media items in order."""
+
+    role: str
+    parts: tuple[str | Media, ...]
+
+    @property
+    def media(self) -> tuple[Media, ...]:
+        """The turn's media items."""
+        return tuple(part for part in self.parts if isinstance(part, Media))
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation."""
+
+    messages: tuple[ChatMessage, ...]
+
+    @property
+    def media(self) -> tuple[Media, ...]:
+        """The conversation's media items in order."""
+        return tuple(item for message in self.messages for item in message.media)
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """When the client stops waiting; `at` is on the monotonic clock, None: never."""
+
+    at: float | None = None
+
+    @classmethod
+    def after(cls, seconds: float | None) -> Deadline:
+        """The deadline `seconds` from now."""
+        return cls(None if seconds is None else time.monotonic() + seconds - DEADLINE_MARGIN)
+
+    @property
+    def time_left(self) -> float | None:
+        """Seconds from now, at least 0; None: no deadline."""
+        return None if self.at is None else max(0.0, self.at - time.monotonic())
+
+    def check(self, stage: str) -> None:
+        """DeadlineError naming the stage if the deadline has passed."""
+        if self.time_left == 0.0:
+            raise DeadlineError(f"the deadline passed before stage {stage!r}", stage=stage)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateCall:
+    """A request for an answer. `sampling` is passed on to the executor as it is."""
+
+    input: Prompt | Chat
+    request_id: str
+    sampling: tensor_pb2.SamplingParams = field(default_factory=tensor_pb2.SamplingParams)
+    stop: tuple[str, ...] = ()
+    deadline: Deadline = Deadline()
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedItem:
+    """One media item of a plan. `data` are the file's bytes; None where only its header was sent."""
+
+    info: MediaInfo
+    layout: ItemLayout
+    placeholder: PlaceholderRange
+    image_format: str
+    media_digest: bytes | None
+    data: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a request is made of, known before anything is decoded."""
+
+    prompt_token_ids: list[int]
+    items: tuple[PlannedItem, ...]
+    seconds: float
+
+    @property
+    def num_feature_tokens(self) -> int:
+        """Feature tokens of all items."""
+        return sum(item.layout.num_tokens for item in self.items)
+
+
+@dataclass(slots=True)
+class Delta:
+    """A piece of an answer."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[tensor_pb2.PositionLogprobs] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Ended:
+    """The end of an answer; `text` is what was held back until now."""
+
+    text: str
+    finish_reason: tensor_pb2.FinishReason
+    usage: tensor_pb2.Usage
+    times: tensor_pb2.StageTimes
+    stop: str | None = None

@@ -1,0 +1,227 @@
+"""`PreprocessService`: between the contract's messages and the pipeline's dataclasses, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, Final
+
+from diptych.service.errors import InvalidInputError, LimitExceededError, NotFoundError, UnimplementedError
+from diptych.v1 import preprocess_pb2
+from diptych.wire.dtypes import DTYPE_OF_NAME, NAME_OF_MODALITY
+from diptych.wire.media import media_info_to_proto, placeholder_to_proto
+from preprocess_service.executor_client import ExecutorPool
+from preprocess_service.pipeline import INLINE_PLAN_BYTES, Pipeline
+from preprocess_service.planning import Checkpoint
+from preprocess_service.requests import (
+    Chat,
+    ChatMessage,
+    Deadline,
+    Delta,
+    Ended,
+    GenerateCall,
+    Media,
+    MediaHeader,
+    Plan,
+    PlannedItem,
+    Prompt,
+)
+
+MAX_ANSWERS: Final = 128
+
+
+class PreprocessServicer:
+    """The six methods of the contract."""
+
+    def __init__(self, model_name: str, checkpoint: Checkpoint, pipeline: Pipeline, executors: ExecutorPool) -> None:
+        self._model_name = model_name
+        self._checkpoint = checkpoint
+        self._pipeline = pipeline
+        self._executors = executors
+
+    async def Generate(  # noqa: N802
+        self, request: preprocess_pb2.GenerateRequest, context: Any
+    ) -> AsyncIterator[preprocess_pb2.GenerateResponse]:
+        """Stream the answer."""
+        self._check_model(request)
+        check_served_fields(request)
+        call = GenerateCall(
+            input=read_input(request),
+            request_id=request.request_id or secrets.token_hex(8),
+            sampling=request.sampling,
+            stop=tuple(request.stop),
+            deadline=Deadline.after(context.time_remaining()),
+            traceparent=_traceparent(context),
+        )
+        pieces = self._pipeline.generate(call)
+        try:
+            async for piece in pieces:
+                yield generate_response(piece)
+        finally:
+            await pieces.aclose()  # type: ignore[attr-defined]
+
+    async def Plan(self, request: preprocess_pb2.PlanRequest, context: Any) -> preprocess_pb2.PlanResponse:  # noqa: N802
+        """Plan from headers."""
+        self._check_model(request)
+        return plan_response(await self._pipeline.plan(read_input(request), Deadline.after(context.time_remaining())))
+
+    async def Process(  # noqa: N802
+        self, request: preprocess_pb2.ProcessRequest, context: Any
+    ) -> AsyncIterator[preprocess_pb2.ProcessResponse]:
+        """Not served yet."""
+        raise UnimplementedError("Process is not served yet", stage="admit", method="Process")
+        yield  # type: ignore[unreachable]  # makes this a stream
+
+    async def Tokenize(  # noqa: N802
+        self, request: preprocess_pb2.TokenizeRequest, context: Any
+    ) -> preprocess_pb2.TokenizeResponse:
+        """Token ids of a text."""
+        self._check_model(request)
+        adds = request.add_special_tokens if request.HasField("add_special_tokens") else True
+        encode = self._checkpoint.tokenizer.encode
+        if len(request.text) <= INLINE_PLAN_BYTES:
+            return preprocess_pb2.TokenizeResponse(token_ids=encode(request.text, adds))
+        return preprocess_pb2.TokenizeResponse(token_ids=await asyncio.to_thread(encode, request.text, adds))
+
+    async def Detokenize(  # noqa: N802
+        self, request: preprocess_pb2.DetokenizeRequest, context: Any
+    ) -> preprocess_pb2.DetokenizeResponse:
+        """The text of token ids."""
+        self._check_model(request)
+        vocab_size = self._checkpoint.family.ctx.vocab_size
+        if (largest := max(request.token_ids, default=0)) >= vocab_size:
+            raise InvalidInputError(
+                f"token id {largest} does not exist; ids are below {vocab_size}",
+                stage="admit",
+                limit=vocab_size - 1,
+                actual=largest,
+            )
+        skips = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+        return preprocess_pb2.DetokenizeResponse(text=self._checkpoint.tokenizer.decode(request.token_ids, skips))
+
+    async def ListModels(  # noqa: N802
+        self, request: preprocess_pb2.ListModelsRequest, context: Any
+    ) -> preprocess_pb2.ListModelsResponse:
+        """The one model."""
+        limits, theirs = self._executors.limits, self._executors.model
+        counts = {modality: limits.media.max_items(modality) for modality in self._checkpoint.family.modalities}
+        model = preprocess_pb2.Model(
+            name=self._model_name,
+            architecture=self._checkpoint.family.ctx.architecture,
+            placeholders=self._checkpoint.family.placeholder_texts,
+            max_model_len=limits.max_model_len or 0,
+            max_items_per_prompt=counts,
+            max_tokens_per_item=dict(theirs.limits.max_tokens_per_item) if theirs is not None else {},
+            fingerprint=self._checkpoint.fingerprint.digest,
+            num_ready_executors=len(self._executors.ready),
+        )
+        return preprocess_pb2.ListModelsResponse(models=[model])
+
+    def _check_model(self, request: Any) -> None:
+        if request.HasField("model") and request.model != self._model_name:
+            raise NotFoundError(
+                f"model {request.model!r} is not served here; this service serves {self._model_name!r}",
+                stage="admit",
+                model=request.model,
+            )
+
+
+def check_served_fields(request: preprocess_pb2.GenerateRequest) -> None:
+    """Fields of the contract that are not served yet are UNIMPLEMENTED, never ignored."""
+    if request.HasField("n"):
+        _check_n(request.n)
+    if request.HasField("priority"):
+        raise UnimplementedError("priority is not served yet", stage="admit", field="priority")
+
+
+def _check_n(n: int) -> None:
+    if not 1 <= n <= MAX_ANSWERS:
+        raise LimitExceededError(
+            f"n is {n}; it must be at least 1 and at most {MAX_ANSWERS}",
+            stage="admit",
+            limit=MAX_ANSWERS if n else 1,
+            actual=n,
+            field="n",
+        )
+    if n > 1:
+        raise UnimplementedError(f"n is {n}; more than one answer is not served yet", stage="admit", field="n")
+
+
+def read_input(request: Any) -> Prompt | Chat:
+    """The prompt or conversation of a request."""
+    kind = request.WhichOneof("input")
+    if kind == "prompt":
+        media = (_read_media(item, index) for index, item in enumerate(request.prompt.media))
+        return Prompt(request.prompt.text, tuple(media))
+    if kind == "chat":
+        return _read_chat(request.chat.messages)
+    raise InvalidInputError("neither a prompt nor a chat is given", stage="admit", field="input")
+
+
+def _read_chat(messages: Iterable[preprocess_pb2.ChatMessage]) -> Chat:
+    turns, num_items = [], 0
+    for message in messages:
+        parts: list[str | Media] = []
+        for part in message.parts:
+            kind = part.WhichOneof("part")
+            if kind is None:
+                raise InvalidInputError("a chat part is neither text nor media", stage="admit", field="parts")
+            if kind == "media":
+                parts.append(_read_media(part.media, num_items))
+                num_items += 1
+            else:
+                parts.append(part.text)
+        turns.append(ChatMessage(message.role, tuple(parts)))
+    return Chat(tuple(turns))
+
+
+def _read_media(media: preprocess_pb2.Media, item: int) -> Media:
+    modality = NAME_OF_MODALITY.get(media.modality)
+    if modality is None:
+        raise InvalidInputError(f"item {item} has no modality", stage="admit", item=item, field="modality")
+    kind = media.WhichOneof("source")
+    if kind == "data":
+        return Media(modality, media.data)
+    if kind == "url":
+        return Media(modality, media.url)
+    if kind == "header":
+        return Media(modality, MediaHeader(media.header.prefix, media.header.total_bytes))
+    raise InvalidInputError(f"item {item} has neither data nor a URL", stage="admit", item=item, field="source")
+
+
+def generate_response(piece: Delta | Ended) -> preprocess_pb2.GenerateResponse:
+    """A piece of an answer as a message."""
+    if isinstance(piece, Delta):
+        return preprocess_pb2.GenerateResponse(
+            index=0, text=piece.text, token_ids=piece.token_ids, logprobs=piece.logprobs
+        )
+    final = preprocess_pb2.GenerateFinal(
+        finish_reason=piece.finish_reason, usage=piece.usage, times=piece.times, stop=piece.stop
+    )
+    return preprocess_pb2.GenerateResponse(index=0, text=piece.text, final=final)
+
+
+def plan_response(plan: Plan) -> preprocess_pb2.PlanResponse:
+    """A plan as a message."""
+    return preprocess_pb2.PlanResponse(
+        prompt_token_ids=plan.prompt_token_ids, items=[_planned_item(item) for item in plan.items]
+    )
+
+
+def _planned_item(item: PlannedItem) -> preprocess_pb2.PlannedItem:
+    return preprocess_pb2.PlannedItem(
+        info=media_info_to_proto(item.info),
+        media_digest=item.media_digest,
+        placeholder=placeholder_to_proto(item.placeholder),
+        num_feature_tokens=item.layout.num_tokens,
+        tensors=[
+            preprocess_pb2.TensorShape(name=name, dtype=DTYPE_OF_NAME[spec.dtype], shape=spec.shape)
+            for name, spec in item.layout.tensors.items()
+        ],
+    )
+
+
+def _traceparent(context: Any) -> str | None:
+    metadata: Iterable[tuple[str, str | bytes]] = context.invocation_metadata() or ()
+    return next((str(value) for name, value in metadata if name == "traceparent"), None)

@@ -1,0 +1,134 @@
+"""Both services as real processes: asked by the commands, stopped every way there is."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import make_llava_checkpoint
+from tests.cli.command import address_of, descendants, diptych, is_alive, started
+from tests.tiny_checkpoint import encoded, picture
+
+FLAGS = ("--port", "0", "--executor-port", "0", "--log-level", "warning", "--device", "cpu", "--max-model-len", "256")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llava_checkpoint(tmp_path_factory.mktemp("serve") / "tiny-llava")
+
+
+@pytest.fixture(scope="module")
+def address(model: Path) -> Iterator[str]:
+    with started("serve", "--model", model, *FLAGS) as process:
+        yield address_of(process)
+        below = descendants(process.pid)
+        process.terminate()
+        assert process.wait(30) == 0
+        assert_all_gone(below)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "a.png"
+    path.write_bytes(encoded(picture()))
+    return path
+
+
+def test_generate_as_json(address: str, image: Path) -> None:
+    arguments = ("--prompt", "<image>a b", "--image", image, "--max-tokens", 5, "--ignore-eos", "--logprobs", 2)
+    done = diptych("generate", "--address", address, *arguments, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    answer = json.loads(done.stdout)
+    assert set(answer) == {"text", "token_ids", "finish_reason", "usage", "logprobs"}
+    assert answer["finish_reason"] == "length"
+    assert set(answer["usage"]) == {"prompt_tokens", "image_tokens", "cached_tokens", "completion_tokens"}
+    assert answer["usage"]["completion_tokens"] == len(answer["token_ids"]) == 5
+    assert answer["usage"]["image_tokens"] > 0
+    assert [entry["token_id"] for entry in answer["logprobs"]] == answer["token_ids"]
+    assert all(len(entry["top"]) == 2 for entry in answer["logprobs"])
+    again = diptych("generate", "--address", address, *arguments[:-2], "--json")
+    assert json.loads(again.stdout)["token_ids"] == answer["token_ids"], "greedy is the default"
+    assert json.loads(again.stdout)["logprobs"] is None
+    text = diptych("generate", "--address", address, *arguments[:-2])
+    assert text.stdout == answer["text"] + "\n"
+
+
+def test_what_the_server_refuses(address: str) -> None:
+    done = diptych("generate", "--address", address, "--prompt", "a", "--temperature", -1)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[0].startswith("INVALID_ARGUMENT: sampling.temperature is -1")
+    assert "  stage: admit" in done.stderr.splitlines()
+
+
+def test_plan_there_equals_plan_here(address: str, model: Path, image: Path) -> None:
+    arguments = ("--prompt", "<image>a", "--image", image, "--json")
+    there = diptych("plan", "--address", address, *arguments)
+    here = diptych("plan", "--model", model, *arguments)
+    assert json.loads(there.stdout) == json.loads(here.stdout)
+
+
+def test_models(address: str) -> None:
+    done = diptych("models", "--address", address, "--json")
+    (model,) = json.loads(done.stdout)["models"]
+    assert (model["name"], model["max_model_len"], model["num_ready_executors"]) == ("tiny-llava", 256, 1)
+    assert "tiny-llava" in diptych("models", "--address", address).stdout
+
+
+def test_health(address: str) -> None:
+    done = diptych("health", "--address", address, "--service", "diptych.v1.PreprocessService")
+    assert (done.returncode, done.stdout) == (0, "SERVING\n")
+    done = diptych("health", "--address", address, "--service", "diptych.v1.Nonsense")
+    assert done.returncode == 1
+
+
+def test_generate_with_services_of_its_own(model: Path, image: Path) -> None:
+    done = diptych(
+        "generate", "--model", model, "--device", "cpu", "--max-model-len", 256,
+        "--prompt", "<image>a", "--image", image, "--max-tokens", 3, "--ignore-eos", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["token_ids"]) == 3
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_nothing_is_left_behind(model: Path, number: signal.Signals, exit_code: int) -> None:
+    with started("serve", "--model", model, *FLAGS) as process:
+        address_of(process)
+        below = descendants(process.pid)
+        assert len(below) >= 2
+        process.send_signal(number)
+        assert process.wait(30) == exit_code
+        assert_all_gone(below)
+
+
+def test_a_dying_child_stops_everything(model: Path) -> None:
+    with started("serve", "--model", model, *FLAGS) as process:
+        address_of(process)
+        below = descendants(process.pid)
+        os.kill(below[0], signal.SIGKILL)
+        assert process.wait(30) == 1
+        assert_all_gone(below)
+
+
+def test_stopping_while_booting(model: Path) -> None:
+    with started("serve", "--model", model, *FLAGS) as process:
+        deadline = time.monotonic() + 30
+        while not descendants(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        below = descendants(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert_all_gone(below)
+
+
+def assert_all_gone(pids: list[int], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while (alive := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive
