@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 # By its module: without torch, transformers 5.17 puts a placeholder that always raises at the top level.
@@ -98,9 +99,13 @@ class InputContext:
             raise CheckpointError(f"{path} is not a checkpoint directory: it has no config.json")
         try:
             config = config_class.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+            raise CheckpointError(f"cannot read {path / 'config.json'}: {error}") from error
+        try:
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"cannot read the checkpoint {path}: {error}") from error
+            hint = "" if (path / "tokenizer.json").is_file() else ", which has no tokenizer.json"
+            raise CheckpointError(f"cannot read the tokenizer of {path}{hint}: {error}") from error
         if not getattr(tokenizer, "is_fast", False):
             raise CheckpointError(f"the tokenizer of {path} has no fast form (tokenizer.json); convert it first")
         return cls(path, config, _read_processor_config(path), tokenizer, limits or MediaLimits())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from operator import attrgetter
 from typing import Literal
@@ -14,7 +14,7 @@ from registry.defaults.dummy_data import default_dummy_data
 from registry.defaults.input_mapper import default_input_mapper
 from registry.defaults.input_processor import splice_replacements
 from registry.defaults.max_tokens import find_largest
-from registry.errors import InvalidHookError, MissingHookError, UnknownModalityError
+from registry.errors import CheckpointError, InvalidHookError, MissingHookError, UnknownModalityError
 from registry.hooks import Hooks, SupportsMultiModal, hooks_of
 from registry.inputs import DummyData, ProcessorInputs
 from registry.layout import WIRE_DTYPES, ItemLayout
@@ -35,6 +35,7 @@ class ModelFamily:
         self.ctx = ctx
         self.hooks: Hooks = hooks_of(cls)
         self._layouts: dict[MediaInfo, ItemLayout] = {}
+        self._modality_of_keyword: dict[str, str] = {}
         self._check_complete()
 
     @property
@@ -72,8 +73,7 @@ class ModelFamily:
     @cached_property
     def placeholder_texts(self) -> Mapping[str, str]:
         """Modality -> the text that becomes its placeholder token in a prompt."""
-        tokenizer = self.ctx.tokenizer
-        return {m: str(tokenizer.convert_ids_to_tokens(i)) for i, m in self.modality_of_placeholder.items()}
+        return {modality: self._token_text(token, modality) for token, modality in self.modality_of_placeholder.items()}
 
     @cached_property
     def feature_token_ids(self) -> frozenset[int]:
@@ -105,7 +105,8 @@ class ModelFamily:
         hook = self.hooks.input_mappers.get(item.modality) or default_input_mapper
         arrays = dict(hook(self.ctx, item))
         if not self.has_layout(item.modality):
-            return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+            self._check_keywords(arrays, item.modality)
+            return {name: np.asarray(array, order="C") for name, array in arrays.items()}
         layout = self.layout(item.info)
         self._drop_constants(arrays, layout, item.info)
         return {name: self._match_spec(arrays, name, layout, item.info) for name in layout.tensors}
@@ -142,10 +143,12 @@ class ModelFamily:
         return inputs, list(data.items)
 
     def find_largest(self, modality: str, measure: Measure) -> MediaInfo:
-        """The media facts within the limits whose layout has most of `measure`."""
+        """The media facts within the limits whose layout has most of `measure`; tokens, then bytes break ties."""
         key = (modality, measure)
         if key not in self._largest:
-            self._largest[key] = find_largest(self.ctx, modality, self.layout, attrgetter(measure))
+            self._largest[key] = find_largest(
+                self.ctx, modality, self.layout, attrgetter(measure, "num_tokens", "num_bytes")
+            )
         return self._largest[key]
 
     # --- checks -----------------------------------------------------------------------------------
@@ -154,7 +157,18 @@ class ModelFamily:
     def _largest(self) -> dict[tuple[str, str], MediaInfo]:
         return {}
 
+    def _token_text(self, token_id: int, modality: str) -> str:
+        text = self.ctx.tokenizer.convert_ids_to_tokens(token_id)
+        if text is None:
+            raise CheckpointError(
+                f"{self.name}: the {modality} placeholder is token {token_id}, which the tokenizer of "
+                f"{self.ctx.model_dir} does not have"
+            )
+        return str(text)
+
     def _check_complete(self) -> None:
+        if not self.modalities:
+            raise MissingHookError(f"{self.name} registers nothing; a family needs a layout or an input mapper")
         for modality in self.modalities:
             if not self.has_layout(modality):
                 self._check_complete_without_layout(modality)
@@ -181,12 +195,21 @@ class ModelFamily:
         layout = hook(self.ctx, info)
         if layout.length < 1:
             raise InvalidHookError(f"{self.name}: the layout of {info} has an empty replacement")
+        self._check_keywords((*layout.tensors, *layout.constants), info.modality)
         for name, spec in layout.tensors.items():
             if spec.dtype not in WIRE_DTYPES:
                 raise InvalidHookError(
                     f"{self.name}: {name} has dtype {spec.dtype!r}; the wire knows {', '.join(WIRE_DTYPES)}"
                 )
         return layout
+
+    def _check_keywords(self, names: Iterable[str], modality: str) -> None:
+        """The model could not tell two modalities' tensors apart if they had the same name."""
+        for name in names:
+            if (owner := self._modality_of_keyword.setdefault(name, modality)) != modality:
+                raise InvalidHookError(
+                    f"{self.name}: both {owner} and {modality} items emit {name}; a keyword belongs to one modality"
+                )
 
     def _drop_constants(self, arrays: dict[str, np.ndarray], layout: ItemLayout, info: MediaInfo) -> None:
         for name in layout.constants.keys() & arrays.keys():
@@ -214,7 +237,7 @@ class ModelFamily:
                 f"{self.name}: the input mapper's {name} is {array.dtype.name} {list(array.shape)} for {info}; "
                 f"the layout says {spec.dtype} {list(spec.shape)}"
             )
-        return np.ascontiguousarray(array)
+        return np.asarray(array, order="C")
 
     def _check_dummy_count(self, data: DummyData, modality: str, count: int) -> None:
         items = sum(item.modality == modality for item in data.items)

@@ -93,6 +93,6 @@ def note_registration(family: type, what: str) -> Hooks:
         raise TypeError(f"{what} is registered for {name}, which does not implement SupportsMultiModal")
     hooks = hooks_of(family)
     if what in hooks.registered:
-        warnings.warn(f"{family.__name__}: {what} is registered twice; the later one counts", stacklevel=4)
+        warnings.warn(f"{family.__name__}: {what} is registered twice; the later one counts", stacklevel=3)
     hooks.registered.add(what)
     return hooks

@@ -1,4 +1,4 @@
-"""Makes tiny random LLaVA-1.5 checkpoints with weights: ordinary Hugging Face directories."""
+"""Makes tiny random LLaVA-1.5 and LLaVA-NeXT checkpoints with weights: ordinary Hugging Face directories."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     MistralConfig,
     SiglipVisionConfig,
 )
@@ -37,6 +39,12 @@ PROCESSORS: Final[Mapping[str, dict[str, Any]]] = {
         "image_processor_type": "SiglipImageProcessor",
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
+    },
+    "llava-next": {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "do_center_crop": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
     },
     "llava-pad": {
         "image_processor_type": "LlavaImageProcessor",
@@ -67,16 +75,21 @@ def make_llava_checkpoint(
     sliding_window: int | None = None,
     seed: int = 0,
     max_positions: int = 2048,
+    pinpoints: list[list[int]] | None = None,
 ) -> Path:
     """Write a checkpoint directory; `transformers` and both services load it.
 
     `layout` is how configuration and weights are named: "new" as transformers 5 saves them, "old" as the first
     LLaVA-1.5 checkpoints have them (a partial `text_config`, `vision_tower.vision_model.…`), "module" by the names
     of the modules (`model.language_model.…`, `lm_head.…`). All hold the same numbers for the same seed.
+    `pinpoints` (canvas sizes, height and width) makes it a LLaVA-NeXT.
     """
     path.mkdir(parents=True, exist_ok=True)
     text = {"sliding_window": sliding_window} if language == "mistral" else {}
-    config = LlavaConfig(
+    config_class = LlavaConfig if pinpoints is None else LlavaNextConfig
+    name = config_class.__name__.replace("Config", "ForConditionalGeneration")
+    anyres = {} if pinpoints is None else {"image_grid_pinpoints": pinpoints}
+    config = config_class(
         vision_config=TOWERS[tower](
             hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=image_size,
             patch_size=patch_size,
@@ -91,12 +104,14 @@ def make_llava_checkpoint(
         vision_feature_layer=feature_layer,
         tie_word_embeddings=tie,
         dtype=str(dtype).removeprefix("torch."),
-        architectures=["LlavaForConditionalGeneration"],
+        architectures=[name],
+        **anyres,
     )  # fmt: skip
-    (write_old_config if layout == "old" else LlavaConfig.save_pretrained)(config, path)
+    (write_old_config if layout == "old" else config_class.save_pretrained)(config, path)
     write_weights(path, {name: t.to(dtype) for name, t in random_weights(config, seed).items()}, layout, shards)
     write_tokenizer(path)
-    write_json(path / "preprocessor_config.json", processor_config(processor, image_size))
+    kind = processor if pinpoints is None else "llava-next"
+    write_json(path / "preprocessor_config.json", processor_config(kind, image_size, **anyres))
     return path
 
 
@@ -111,11 +126,17 @@ def processor_config(kind: str, image_size: int, **changes: Any) -> dict[str, An
     return {key: value for key, value in config.items() if value is not None}
 
 
-def random_weights(config: LlavaConfig, seed: int) -> dict[str, Tensor]:
-    """Weights by parameter name, scaled by fan-in so that every layer, position and pixel matters to the answer."""
+def random_weights(config: LlavaConfig | LlavaNextConfig, seed: int) -> dict[str, Tensor]:
+    """Weights by parameter name, scaled so that every layer, position and pixel matters to the answer.
+
+    That is by fan-in, but for attention: with sharper queries, louder outputs and quiet embeddings a token's
+    neighbours and their order matter as much as the token itself.
+    """
     generator = torch.Generator().manual_seed(seed)
+    is_next = isinstance(config, LlavaNextConfig)
+    model_class = LlavaNextForConditionalGeneration if is_next else LlavaForConditionalGeneration
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in LlavaForConditionalGeneration(config).named_parameters()}
+        shapes = {name: p.shape for name, p in model_class(config).named_parameters()}
     return {
         name: _random_weight(name, shape, config.tie_word_embeddings, generator)
         for name, shape in sorted(shapes.items())
@@ -126,13 +147,16 @@ def _random_weight(name: str, shape: torch.Size, tied: bool, generator: torch.Ge
     noise = torch.randn(shape, generator=generator)
     if "norm" in name and name.endswith("weight"):
         return 1 + 0.1 * noise
+    if name.endswith("image_newline"):
+        return noise
     if "bias" in name:
         return 0.1 * noise
     if ("embedding" in name and "patch" not in name) or name.endswith("probe"):
         return noise
     if "embed_tokens" in name and not tied:
-        return noise
-    return noise * shape[1:].numel() ** -0.5
+        return 0.3 * noise
+    louder = {"q_proj": 3, "o_proj": 2}.get(name.split(".")[-2], 1)
+    return louder * noise * shape[1:].numel() ** -0.5
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor], layout: Layout, shards: int) -> None:
@@ -159,13 +183,13 @@ def checkpoint_name(name: str, layout: Layout) -> str:
     return f"language_model.{name}" if name.startswith("lm_head.") else name.removeprefix("model.")
 
 
-def write_old_config(config: LlavaConfig, path: Path) -> None:
+def write_old_config(config: LlavaConfig | LlavaNextConfig, path: Path) -> None:
     """`config.json` as transformers 4.36 wrote it: parts hold only what differs from their class's defaults."""
     old = {
         "architectures": config.architectures,
         "ignore_index": -100,
         "image_token_index": config.image_token_index,
-        "model_type": "llava",
+        "model_type": config.model_type,
         "pad_token_id": 0,
         "projector_hidden_act": "gelu",
         "tie_word_embeddings": config.tie_word_embeddings,
@@ -174,6 +198,8 @@ def write_old_config(config: LlavaConfig, path: Path) -> None:
         "vision_feature_layer": config.vision_feature_layer,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
     }
+    if isinstance(config, LlavaNextConfig):
+        old["image_grid_pinpoints"] = config.image_grid_pinpoints
     for part in ("text_config", "vision_config"):
         values, defaults = getattr(config, part).to_dict(), type(getattr(config, part))().to_dict()
         kept = {key: value for key, value in values.items() if value != defaults.get(key)}

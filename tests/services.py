@@ -125,9 +125,9 @@ def stack(
     with service_thread(lambda: ExecutorServer(executor_settings)) as (executor_server, loop):
         values = {**PREPROCESS_DEFAULTS, "executor": executor_server.address, **(preprocess or {})}
         preprocess_settings = PreprocessSettings(model=checkpoint, port=0, **values)
-        with service_thread(lambda: PreprocessServer(preprocess_settings)) as (preprocess_server, _):
-            with (
-                grpc.insecure_channel(preprocess_server.address, options=CHANNEL_OPTIONS) as channel,
-                grpc.insecure_channel(executor_server.address, options=CHANNEL_OPTIONS) as executor_channel,
-            ):
-                yield Stack(checkpoint, executor_server, preprocess_server, loop, channel, executor_channel)
+        with (
+            service_thread(lambda: PreprocessServer(preprocess_settings)) as (preprocess_server, _),
+            grpc.insecure_channel(preprocess_server.address, options=CHANNEL_OPTIONS) as channel,
+            grpc.insecure_channel(executor_server.address, options=CHANNEL_OPTIONS) as executor_channel,
+        ):
+            yield Stack(checkpoint, executor_server, preprocess_server, loop, channel, executor_channel)

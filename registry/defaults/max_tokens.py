@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 from registry.context import InputContext
@@ -11,13 +11,15 @@ from registry.errors import MissingHookError
 from registry.layout import ItemLayout
 from registry.media import MediaInfo
 
-Score = Callable[[ItemLayout], int]
+Score = Callable[[ItemLayout], tuple[int, ...]]
+"""What is to be largest, and behind it what decides between equals."""
 
 
 def find_largest_image(ctx: InputContext, layout: Callable[[MediaInfo], ItemLayout], score: Score) -> MediaInfo:
     """The image size whose layout scores highest, among candidates and what hill-climbing finds from the best."""
     sides = candidate_sides(ctx)
-    scored = {size: score(layout(MediaInfo.image(*size))) for size in product(sides, sides) if _is_allowed(ctx, size)}
+    sizes = chain(product(sides, sides), _sizes_at_pixel_limit(ctx))
+    scored = {size: score(layout(MediaInfo.image(*size))) for size in sizes if _is_allowed(ctx, size)}
     best = max(scored, key=lambda size: (scored[size], -size[0] * size[1]))
     return MediaInfo.image(*_climb(ctx, best, lambda size: score(layout(MediaInfo.image(*size)))))
 
@@ -63,13 +65,22 @@ def _numbers(value: Any) -> Iterator[int]:
             yield from _numbers(inner)
 
 
+def _sizes_at_pixel_limit(ctx: InputContext) -> Iterator[tuple[int, int]]:
+    """For each height the widest image; where the pixel limit binds, no pair of candidates need be near the best."""
+    side, pixels = ctx.limits.max_image_side, ctx.limits.max_image_pixels
+    if pixels < side * side:
+        yield from ((height, min(side, pixels // height)) for height in range(1, side + 1))
+
+
 def _is_allowed(ctx: InputContext, size: tuple[int, int]) -> bool:
     height, width = size
     side, pixels = ctx.limits.max_image_side, ctx.limits.max_image_pixels
     return 1 <= height <= side and 1 <= width <= side and height * width <= pixels
 
 
-def _climb(ctx: InputContext, start: tuple[int, int], score: Callable[[tuple[int, int]], int]) -> tuple[int, int]:
+def _climb(
+    ctx: InputContext, start: tuple[int, int], score: Callable[[tuple[int, int]], tuple[int, ...]]
+) -> tuple[int, int]:
     """Move to better neighbours, in steps from large to one pixel, until none is better."""
     best, best_score = start, score(start)
     step = 64

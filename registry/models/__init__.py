@@ -4,5 +4,6 @@ from typing import Final
 
 BUILT_IN_FAMILIES: Final = {
     "LlavaForConditionalGeneration": "registry.models.llava:LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration": "registry.models.llava_next:LlavaNextForConditionalGeneration",
 }
 """Architecture name -> "module:Class"; imported on first use."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from executor_service.engine.boot import BootedEngine, boot
 from executor_service.engine.core import Engine
@@ -84,7 +84,12 @@ class Bench:
             )
             for item in request.items
         ]
-        kwargs = {"pixel_values": torch.stack(pixels).to(self.reference.dtype)} if pixels else {}
+        kwargs = {}
+        if request.items and "image_sizes" in request.items[0].layout.constants:
+            sizes = [torch.from_numpy(item.layout.constants["image_sizes"]) for item in request.items]
+            kwargs = {"pixel_values": torch.cat(pixels).to(self.reference.dtype), "image_sizes": torch.stack(sizes)}
+        elif pixels:
+            kwargs = {"pixel_values": torch.stack(pixels).to(self.reference.dtype)}
         count = request.max_tokens - request.num_prompt_tokens
         ids = torch.from_numpy(prompt.copy())[None]
         with torch.inference_mode():
@@ -96,7 +101,7 @@ class Bench:
 
 
 def load_reference(checkpoint: Path, dtype: torch.dtype = torch.float64) -> LlavaForConditionalGeneration:
-    return LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).eval()
+    return AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=dtype).eval()
 
 
 @pytest.fixture(scope="session")
