@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +13,8 @@ import pytest
 
 from tests.services import Stack, stack
 
-DEMO_MODEL = Path(__file__).parent.parent / "demo" / "model"
+ROOT = Path(__file__).resolve().parent.parent
+DEMO_MODEL = ROOT / "demo" / "model"
 
 
 @pytest.fixture(scope="module")
@@ -18,3 +23,17 @@ def served_demo() -> Iterator[Stack]:
     with stack(DEMO_MODEL, executor={"dtype": "float32"}) as services:
         yield services
         services.check_idle()
+
+
+@pytest.fixture(scope="session")
+def node_modules() -> str:
+    """node_modules with the gRPC packages of tests/foreign_client, installed outside the clone."""
+    if shutil.which("npm") is None:
+        reason = "Node.js with npm is not installed"
+        if os.environ.get("STRICT") == "1" or os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    command = [sys.executable, ROOT / "tools" / "node_packages.py", ROOT / "tests" / "foreign_client" / "package.json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()

@@ -9,9 +9,7 @@ import base64
 import io
 import json
 import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +19,6 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "foreign_client"
-
-
-@pytest.fixture(scope="module")
-def node_modules() -> str:
-    """The client's packages."""
-    if shutil.which("npm") is None:
-        reason = "Node.js with npm is not installed"
-        if os.environ.get("STRICT") == "1" or os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    command = [sys.executable, ROOT / "tools" / "node_packages.py", HERE / "package.json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 @pytest.fixture(scope="module")
