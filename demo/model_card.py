@@ -35,9 +35,9 @@ learned and answers that can be right or wrong. It knows nothing else, and calls
 | several | `USER: <image><image>\\n{question_for_many} ASSISTANT:` |
 
 `\\n` is a line break. For one image part and the text `{question}` the chat template renders exactly the first
-prompt; it writes a line break after every image, which the model knows too. Many other wordings work, and one to four
-pictures. The answer is the digit, `7`, or the digits in order, `3 and 8`, `3, 8 and 1`, and then `</s>`. One picture
-is {num_features} image tokens.
+prompt; it writes a line break after every image, which the model knows too. Many other wordings work. The answer is the
+digit, `7`, or the digits in order, `3 and 8`, and then `</s>`. One picture is {num_features} image tokens. Requests
+with three and four pictures were in its training as well; how far that carried, the last line below says.
 
 ## How well it sees
 
@@ -74,8 +74,8 @@ Greedy answers by transformers, float32 on a CPU; an answer counts if its whole 
 - Each digit is bent, moved, coloured and drawn into a picture of random size, anew in each of {epochs:.1f} passes.
 - The loss is that of the answer's tokens; the tower also learns to name the digit from its class token and to find
   the ink in every patch, with two heads that are thrown away.
-- {steps:,} steps of {pictures_per_step} pictures, AdamW, peak learning rate {learning_rate}, cosine to zero, seed
-  {seed}.
+- Seed {seed}, {steps:,} steps of {pictures_per_step} pictures, AdamW, peak learning rate {learning_rate}, cosine to
+  zero.
 - `{command}`
 """
 
