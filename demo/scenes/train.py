@@ -5,9 +5,9 @@
     python -m demo.scenes.train … --start-from demo/model --learning-rate 5e-4     # go on, with a fresh optimiser
 
 `material.npz` is what `python -m demo.scenes.material` packs. One loop, two losses: the tokens of every answer in a
-chat, and what lies in every patch of every tile, which only teaches the tower and is thrown away. The rate warms up, holds, and
-falls to zero from two fifths on. Batches depend on the seed and their number alone; a GPU sums in no fixed order, so
-the same seed gives a model as good, not the same bits.
+chat, and what lies in every patch of every tile, which only teaches the tower and is thrown away. The rate warms up,
+holds, and falls to zero from two fifths on. Batches depend on the seed and their number alone; a GPU sums in no fixed
+order, so the same seed gives a model as good, not the same bits.
 `python -m demo.scenes.evaluate` measures it, `python -m demo.scenes.card` writes the model card.
 """
 
