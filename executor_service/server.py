@@ -10,9 +10,8 @@ from diptych.service.settings import describe
 from executor_service.front.front import Front
 from executor_service.servicer import SERVICE_NAME, ExecutorServicer, add_to_server
 from executor_service.settings import ExecutorSettings
-from registry import InputContext
 from registry.errors import RegistryError
-from registry.families import bind_family
+from registry.families import open_family
 from registry.family import ModelFamily
 
 LOG = logging.getLogger("diptych.executor")
@@ -79,6 +78,6 @@ class ExecutorServer:
 
 def _bind_family(settings: ExecutorSettings) -> ModelFamily:
     try:
-        return bind_family(InputContext.from_checkpoint(settings.model, settings.limits), settings.plugin)
+        return open_family(settings.model, settings.limits, settings.plugin)
     except RegistryError as error:
         raise UnavailableError(str(error), stage="boot") from error

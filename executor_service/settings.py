@@ -9,9 +9,8 @@ from pydantic import ByteSize, Field
 
 from diptych.service.settings import ServiceSettings
 
-if TYPE_CHECKING:  # these import transformers, for which `--help` need not wait
+if TYPE_CHECKING:  # imports transformers, for which `--help` need not wait
     from executor_service.engine.messages import EngineConfig
-    from registry import MediaLimits
 
 
 class ExecutorSettings(ServiceSettings):
@@ -40,13 +39,6 @@ class ExecutorSettings(ServiceSettings):
     max_requests: int = Field(1024, ge=1, description="live requests; more are refused with RESOURCE_EXHAUSTED")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the model; default: torch's own choice")
     check_integrity: bool = Field(False, description="prove blocks and queues after every step (slow; for tests)")
-
-    @property
-    def limits(self) -> MediaLimits:
-        """Limits on media, as the registry knows them."""
-        from registry import MediaLimits
-
-        return MediaLimits(self.limit_mm_per_prompt, self.max_image_side, self.max_image_pixels)
 
     @property
     def engine_config(self) -> EngineConfig:

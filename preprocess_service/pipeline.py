@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Final
 
 from diptych.service.errors import (
@@ -64,7 +65,7 @@ class Pipeline:
         """The answer in pieces, and its end."""
         with self._admit():
             check_call(call, self._checkpoint.family.ctx.vocab_size)
-            plan = await self._plan(call.input, call.deadline)
+            plan = await self._map_ahead(await self._plan(call.input, call.deadline, self._planner.prepare))
             call.deadline.check("start")
             start = make_start(call, plan, self._checkpoint.fingerprint.digest)
             with self._executors.choose().request(start) as remote:
@@ -74,7 +75,7 @@ class Pipeline:
     async def plan(self, prompt: Prompt | Chat, deadline: Deadline) -> Plan:
         """Only the planning."""
         with self._admit():
-            return await self._plan(prompt, deadline)
+            return await self._plan(prompt, deadline, self._planner.plan)
 
     async def drain(self, grace: float) -> None:
         """Refuse new requests; returns when the last one has ended, or after `grace` seconds."""
@@ -107,11 +108,22 @@ class Pipeline:
 
     # --- plan -------------------------------------------------------------------------------------
 
-    async def _plan(self, prompt: Prompt | Chat, deadline: Deadline) -> Plan:
+    async def _plan(
+        self, prompt: Prompt | Chat, deadline: Deadline, make_plan: Callable[[Prompt | Chat], Plan]
+    ) -> Plan:
         deadline.check("plan")
         if _size_of(prompt) <= INLINE_PLAN_BYTES:
-            return self._planner.plan(prompt)
-        return await asyncio.to_thread(self._planner.plan, prompt)
+            return make_plan(prompt)
+        return await asyncio.to_thread(make_plan, prompt)
+
+    async def _map_ahead(self, plan: Plan) -> Plan:
+        """Map the items whose family has no layout: only then is known what tensors Start is to announce."""
+        ahead = [index for index, item in enumerate(plan.items) if item.layout is None]
+        mapped = await asyncio.gather(*(self._media.load(plan.items[index], index) for index in ahead))
+        items = list(plan.items)
+        for index, tensors in zip(ahead, mapped, strict=True):
+            items[index] = replace(items[index], mapped=tensors)
+        return replace(plan, items=tuple(items))
 
     # --- decode, map, stream, detokenize ----------------------------------------------------------
 
@@ -163,9 +175,9 @@ class Pipeline:
         if index >= len(plan.items):
             raise InternalError(f"the executor asks for item {index} of {len(plan.items)}", stage="decode")
         item = plan.items[index]
-        mapped = await self._media.load(item, index)
+        mapped = item.mapped or await self._media.load(item, index)
         answer.add_times(mapped.decode_seconds, mapped.map_seconds)
-        for tensor_index, name in enumerate(item.layout.tensors):
+        for tensor_index, name in enumerate(item.tensors):
             remote.send_tensor(index, tensor_index, mapped.tensors[name])
 
 

@@ -16,13 +16,13 @@ from typing import Final
 from diptych.service.errors import InvalidInputError, LimitExceededError, UnimplementedError
 from diptych.service.media_errors import from_media_error
 from preprocess_service.chat import ChatRenderer
-from preprocess_service.media.headers import HeaderError, ImageHeader, TruncatedHeader, probe_image
+from preprocess_service.media.probe import Probed, Prober
 from preprocess_service.media.sources import fetch
 from preprocess_service.requests import Chat, Media, MediaHeader, Plan, PlannedItem, Prompt
 from preprocess_service.tokens import TextTokenizer
-from registry import InputContext, MediaInfo, MediaLimits, PlaceholderRange, ProcessorInputs
-from registry.errors import MediaError
-from registry.families import bind_family
+from registry import MediaInfo, MediaLimits, PlaceholderRange, ProcessorInputs
+from registry.errors import MediaError, UnknownModalityError
+from registry.families import open_family
 from registry.family import ModelFamily
 from registry.fingerprint import Fingerprint, fingerprint
 
@@ -41,7 +41,7 @@ class Checkpoint:
     """A checkpoint as this service uses it: family, tokenizers, chat template, fingerprint."""
 
     def __init__(self, model_dir: Path, plugins: Sequence[str] = (), limits: MediaLimits | None = None) -> None:
-        self.family: ModelFamily = bind_family(InputContext.from_checkpoint(model_dir, limits), plugins)
+        self.family: ModelFamily = open_family(model_dir, limits, plugins)
         self.tokenizer = TextTokenizer(self.family.ctx.tokenizer)
         texts = self.family.placeholder_texts
         ids = {token_id: texts[modality] for token_id, modality in self.family.modality_of_placeholder.items()}
@@ -62,19 +62,43 @@ class Planner:
         self._checkpoint = checkpoint
         self._limits = limits
         self._max_media_bytes = max_media_bytes
+        self._prober = Prober(checkpoint.family.ctx)
 
     def plan(self, prompt: Prompt | Chat) -> Plan:
-        """Token ids, placeholder ranges and tensor shapes of a request; nothing is decoded."""
+        """Token ids, placeholder ranges and tensor shapes of a request; nothing is decoded.
+
+        UNIMPLEMENTED for items whose family has no layout: they show their tensors once they are mapped.
+        """
+        for index, media in enumerate(prompt.media):
+            self._check_modality(media, index)
+            if not self._family.has_layout(media.modality):
+                raise UnimplementedError(
+                    f"item {index}: {self._family.name} has no layout for {media.modality}, so these items cannot be "
+                    "planned from their headers",
+                    stage="plan",
+                    item=index,
+                    modality=media.modality,
+                )
+        return self.prepare(prompt)
+
+    def prepare(self, prompt: Prompt | Chat) -> Plan:
+        """The plan of a request that will be decoded: the tensors of items without a layout are still unknown."""
         start = time.perf_counter()
         limits = self._limits()
         self._check_input(prompt, limits)
         sources = [fetch(media, index, self._max_media_bytes) for index, media in enumerate(prompt.media)]
-        headers = [_probe(source, index) for index, source in enumerate(sources)]
-        infos = [_measure(header, index, limits) for index, header in enumerate(headers)]
-        token_ids = self._tokenize(prompt)
-        expanded = self._expand(token_ids, infos)
+        probed = [
+            self._prober.probe(media.modality, source, index)
+            for index, (media, source) in enumerate(zip(prompt.media, sources, strict=True))
+        ]
+        for index, item in enumerate(probed):
+            _check_size(item.info, index, limits)
+        expanded = self._expand(self._tokenize(prompt), [item.info for item in probed])
         _check_length(len(expanded.prompt_token_ids), limits)
-        items = map(self._planned_item, infos, headers, sources, expanded.placeholders)
+        items = [
+            self._planned_item(item, source, placeholder, expanded.prompt_token_ids)
+            for item, source, placeholder in zip(probed, sources, expanded.placeholders, strict=True)
+        ]
         return Plan(expanded.prompt_token_ids, tuple(items), time.perf_counter() - start)
 
     # --- stages -----------------------------------------------------------------------------------
@@ -92,14 +116,12 @@ class Planner:
             raise from_media_error(error, "admit") from error
 
     def _check_modality(self, media: Media, index: int) -> None:
-        modality = media.modality
-        if modality != "image" or not self._family.has_layout(modality):
-            raise UnimplementedError(
-                f"item {index} is {modality}; {modality} items are not served yet",
-                stage="admit",
-                item=index,
-                modality=modality,
-            )
+        try:
+            self._family.check_modality(media.modality)
+        except UnknownModalityError as error:
+            raise InvalidInputError(
+                f"item {index}: {error}", stage="admit", item=index, modality=media.modality
+            ) from error
 
     def _tokenize(self, prompt: Prompt | Chat) -> list[int]:
         if isinstance(prompt, Chat):
@@ -115,11 +137,17 @@ class Planner:
             raise from_media_error(error, "plan") from error
 
     def _planned_item(
-        self, info: MediaInfo, header: ImageHeader, source: bytes | MediaHeader, placeholder: PlaceholderRange
+        self, item: Probed, source: bytes | MediaHeader, placeholder: PlaceholderRange, token_ids: list[int]
     ) -> PlannedItem:
         data = None if isinstance(source, MediaHeader) else source
         digest = None if data is None else self._digest(data)
-        return PlannedItem(info, self._family.layout(info), placeholder, header.format, digest, data)
+        modality = item.info.modality
+        layout = shown = self._family.layout(item.info) if self._family.has_layout(modality) else None
+        if shown is None:
+            shown = self._family.observed_layout(modality, token_ids[placeholder.offset : placeholder.end], {})
+        return PlannedItem(
+            item.info, layout, placeholder, item.file_format, digest, data, item.frames, shown.num_tokens
+        )
 
     def _digest(self, data: bytes) -> bytes:
         hasher = hashlib.sha256(self._checkpoint.fingerprint.digest)
@@ -127,26 +155,11 @@ class Planner:
         return hasher.digest()
 
 
-def _probe(source: bytes | MediaHeader, index: int) -> ImageHeader:
-    try:
-        if isinstance(source, MediaHeader):
-            return probe_image(source.prefix, source.total_bytes)
-        return probe_image(source)
-    except TruncatedHeader as error:
-        raise InvalidInputError(
-            f"item {index}: {error}", stage="probe", item=index, bytes_needed=error.bytes_needed
-        ) from error
-    except HeaderError as error:
-        raise InvalidInputError(f"item {index}: {error}", stage="probe", item=index) from error
-
-
-def _measure(header: ImageHeader, index: int, limits: RequestLimits) -> MediaInfo:
-    info = MediaInfo.image(header.height, header.width)
+def _check_size(info: MediaInfo, index: int, limits: RequestLimits) -> None:
     try:
         limits.media.check_size(info, index)
     except MediaError as error:
         raise from_media_error(error, "probe") from error
-    return info
 
 
 def _check_length(num_tokens: int, limits: RequestLimits) -> None:

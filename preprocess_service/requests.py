@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+import numpy as np
+
 from diptych.service.errors import DeadlineError
 from diptych.v1 import tensor_pb2
-from registry import ItemLayout, MediaInfo, PlaceholderRange
+from registry import ItemLayout, MediaInfo, PlaceholderRange, TensorSpec
 
 DEADLINE_MARGIN: Final = 0.005
 """Seconds before the client's deadline at which a request counts as late: the error should still arrive."""
@@ -98,15 +101,47 @@ class GenerateCall:
 
 
 @dataclass(frozen=True, slots=True)
+class FrameChoice:
+    """Which frames of a video count, and by how many degrees they are to be turned clockwise."""
+
+    indices: tuple[int, ...]
+    rotation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedItem:
-    """One media item of a plan. `data` are the file's bytes; None where only its header was sent."""
+    """One media item of a plan. `data` are the file's bytes; None where only its header was sent.
+
+    `layout` is None where the family has none for the modality: then `tensors` are those that the mapper
+    made, known once the item has been decoded.
+    """
 
     info: MediaInfo
-    layout: ItemLayout
+    layout: ItemLayout | None
     placeholder: PlaceholderRange
-    image_format: str
+    file_format: str
     media_digest: bytes | None
     data: bytes | None
+    frames: FrameChoice | None = None
+    num_feature_tokens: int = 0
+    mapped: MappedItem | None = None
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """Dtype and shape of each tensor the item has."""
+        if self.layout is not None:
+            return self.layout.tensors
+        mapped = self.mapped.tensors if self.mapped is not None else {}
+        return {name: TensorSpec(array.dtype.name, array.shape) for name, array in mapped.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class MappedItem:
+    """The tensors of one item, and the seconds they took."""
+
+    tensors: dict[str, np.ndarray]
+    decode_seconds: float
+    map_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +155,7 @@ class Plan:
     @property
     def num_feature_tokens(self) -> int:
         """Feature tokens of all items."""
-        return sum(item.layout.num_tokens for item in self.items)
+        return sum(item.num_feature_tokens for item in self.items)
 
 
 @dataclass(slots=True)

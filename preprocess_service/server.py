@@ -16,7 +16,6 @@ from preprocess_service.pipeline import Pipeline
 from preprocess_service.planning import Checkpoint, Planner
 from preprocess_service.servicer import PreprocessServicer
 from preprocess_service.settings import PreprocessSettings
-from registry import MediaLimits
 from registry.errors import RegistryError
 
 LOG = logging.getLogger("diptych.preprocess")
@@ -79,13 +78,9 @@ class PreprocessServer:
 
     def _read_checkpoint(self) -> Checkpoint:
         try:
-            return Checkpoint(self._settings.model, self._settings.plugin, self._own_limits())
+            return Checkpoint(self._settings.model, self._settings.plugin, self._settings.limits)
         except RegistryError as error:
             raise InvalidInputError(str(error), stage="boot") from error
-
-    def _own_limits(self) -> MediaLimits:
-        settings = self._settings
-        return MediaLimits(settings.limit_mm_per_prompt, settings.max_image_side, settings.max_image_pixels)
 
     def _assemble(self, checkpoint: Checkpoint) -> PreprocessServicer:
         settings = self._settings
@@ -93,7 +88,7 @@ class PreprocessServer:
             settings.executor,
             checkpoint.fingerprint,
             settings.executor_streams == "shared",
-            self._own_limits(),
+            self._settings.limits,
             self._update_health,
         )
         self._executors = executors

@@ -214,10 +214,10 @@ def _planned_item(item: PlannedItem) -> preprocess_pb2.PlannedItem:
         info=media_info_to_proto(item.info),
         media_digest=item.media_digest,
         placeholder=placeholder_to_proto(item.placeholder),
-        num_feature_tokens=item.layout.num_tokens,
+        num_feature_tokens=item.num_feature_tokens,
         tensors=[
             preprocess_pb2.TensorShape(name=name, dtype=DTYPE_OF_NAME[spec.dtype], shape=spec.shape)
-            for name, spec in item.layout.tensors.items()
+            for name, spec in item.tensors.items()
         ],
     )
 

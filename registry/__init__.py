@@ -12,10 +12,11 @@ A family is a class that implements `SupportsMultiModal`, decorated with the hoo
 This package imports no torch, no grpc and nothing else of the project.
 """
 
-from registry.context import InputContext, MediaLimits
+from registry.context import InputContext
 from registry.hooks import SupportsMultiModal
 from registry.inputs import INPUT_REGISTRY, DummyData, ProcessorInputs
 from registry.layout import ItemLayout, Normalization, PlaceholderRange, Run, TensorSpec
+from registry.limits import MediaLimits
 from registry.media import MediaInfo, MediaItem
 from registry.multimodal import MULTIMODAL_REGISTRY
 

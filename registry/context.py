@@ -7,68 +7,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-# By its module: without torch, transformers 5.17 puts a placeholder that always raises at the top level.
+# By their modules: without torch, transformers 5.17 puts a placeholder that always raises at the top level.
+from transformers.models.auto.feature_extraction_auto import AutoFeatureExtractor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from registry.errors import CheckpointError, MediaSizeError, TooManyItemsError
-from registry.media import MediaInfo
+from registry.errors import CheckpointError
+from registry.limits import MediaLimits
 
+__all__ = ["InputContext", "MediaLimits"]
+
+DEFAULT_SAMPLING_RATE: Final = 16000
+"""Hz, where a checkpoint's processor names no rate."""
 ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
 ValueT = TypeVar("ValueT")
-
-
-@dataclass(frozen=True)
-class MediaLimits:
-    """Limits on one request's media.
-
-    `max_items_per_prompt` by modality, 1 where none is given; `max_image_side` in pixels;
-    `max_image_pixels` bounds height times width.
-    """
-
-    max_items_per_prompt: Mapping[str, int] = field(default_factory=dict)
-    max_image_side: int = 8192
-    max_image_pixels: int = 64 * 1024 * 1024
-
-    def max_items(self, modality: str) -> int:
-        """Items of `modality` that one prompt may have."""
-        return self.max_items_per_prompt.get(modality, 1)
-
-    def check_counts(self, counts: Mapping[str, int]) -> None:
-        """TooManyItemsError naming both numbers for the first modality above its limit."""
-        for modality, count in counts.items():
-            if count > (limit := self.max_items(modality)):
-                raise TooManyItemsError(
-                    f"the prompt has {count} {modality} items; at most {limit} are allowed "
-                    f"(--limit-mm-per-prompt {modality}={limit})",
-                    limit=limit,
-                    actual=count,
-                )
-
-    def check_size(self, info: MediaInfo, item_index: int | None = None) -> None:
-        """MediaSizeError if an image or a frame is larger than a side or the pixel limit allows."""
-        if info.height is None or info.width is None:
-            return
-        if max(info.size) > self.max_image_side:
-            raise MediaSizeError(
-                f"the image is {info.height}x{info.width} pixels; its longer side may have at most "
-                f"{self.max_image_side}",
-                item_index=item_index,
-                limit=self.max_image_side,
-                actual=max(info.size),
-            )
-        if (pixels := info.height * info.width) > self.max_image_pixels:
-            raise MediaSizeError(
-                f"the image has {pixels} pixels ({info.height}x{info.width}); at most {self.max_image_pixels} "
-                "are allowed",
-                item_index=item_index,
-                limit=self.max_image_pixels,
-                actual=pixels,
-            )
 
 
 @dataclass(frozen=True)
@@ -76,7 +32,8 @@ class InputContext:
     """A checkpoint as the hooks see it.
 
     `model_config` is transformers' typed configuration; `processor_config` is the merged content of
-    `preprocessor_config.json` and `processor_config.json`; `tokenizer` is transformers' fast tokenizer.
+    `preprocessor_config.json` and `processor_config.json`, with that of `video_preprocessor_config.json` as
+    its `video_processor`; `tokenizer` is transformers' fast tokenizer.
     """
 
     model_dir: Path
@@ -144,6 +101,24 @@ class InputContext:
         value: ValueT = self._remembered[make]
         return value
 
+    @property
+    def sampling_rate(self) -> int:
+        """Samples per second of the audio the checkpoint takes, in Hz."""
+        nested = self.processor_config.get("feature_extractor")
+        sources = (self.processor_config, nested if isinstance(nested, Mapping) else {})
+        found = next((rate for source in sources if (rate := source.get("sampling_rate"))), DEFAULT_SAMPLING_RATE)
+        if not isinstance(found, int) or found < 1:
+            raise CheckpointError(f"the sampling_rate of {self.model_dir} is {found!r}; it must be a number of Hz")
+        return found
+
+    @cached_property
+    def feature_extractor(self) -> Any:
+        """The checkpoint's transformers feature extractor, for audio."""
+        try:
+            return AutoFeatureExtractor.from_pretrained(self.model_dir, local_files_only=True)
+        except (OSError, ValueError, ImportError) as error:
+            raise CheckpointError(f"cannot make the feature extractor of {self.model_dir}: {error}") from error
+
     @cached_property
     def image_processor(self) -> Any:
         """The checkpoint's transformers image processor, PIL backend."""
@@ -153,13 +128,35 @@ class InputContext:
             raise CheckpointError(f"cannot make the image processor of {self.model_dir}: {error}") from error
 
 
+def read_architecture(model_dir: Path) -> str:
+    """The first architecture name in `config.json`; CheckpointError if there is none."""
+    path = model_dir / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{model_dir} is not a checkpoint directory: it has no config.json")
+    try:
+        architectures = json.loads(path.read_text("utf-8")).get("architectures") or [""]
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not architectures[0]:
+        raise CheckpointError(f"{path} names no architecture")
+    return str(architectures[0])
+
+
 def _read_processor_config(path: Path) -> dict[str, Any]:
-    """Both processor files, the newer one winning; an empty dictionary where there are none."""
-    merged: dict[str, Any] = {}
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (path / name).is_file():
-            try:
-                merged.update(json.loads((path / name).read_text("utf-8")))
-            except ValueError as error:
-                raise CheckpointError(f"{path / name} is not valid JSON: {error}") from error
+    """All processor files, the newer form winning; an empty dictionary where there are none."""
+    merged = {**_read_json(path / "preprocessor_config.json"), **_read_json(path / "processor_config.json")}
+    if video := _read_json(path / "video_preprocessor_config.json"):
+        merged.setdefault("video_processor", video)
     return merged
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return content

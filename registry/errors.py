@@ -57,3 +57,7 @@ class PlaceholderMismatchError(MediaError):
 
 class MediaSizeError(MediaError):
     """An item is larger than the limits allow."""
+
+
+class UnusableMediaError(MediaError):
+    """An item that the family cannot take, such as audio too short for a single feature; layouts raise it."""

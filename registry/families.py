@@ -6,12 +6,16 @@ import importlib
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Final
 
-from registry.context import InputContext
+from transformers import AutoConfig
+
+from registry.context import InputContext, read_architecture
 from registry.errors import RegistryError, UnknownArchitectureError
 from registry.family import ModelFamily
 from registry.hooks import SupportsMultiModal
+from registry.limits import MediaLimits
 from registry.models import BUILT_IN_FAMILIES
 
 ENTRY_POINT_GROUP: Final = "diptych.models"
@@ -22,13 +26,24 @@ def bind_family(ctx: InputContext, plugins: Sequence[str] = ()) -> ModelFamily:
 
     `plugins` are module names; UnknownArchitectureError lists what is registered.
     """
+    return ModelFamily(_find_class(ctx.architecture, ctx.model_dir, plugins), ctx)
+
+
+def open_family(model_dir: str | Path, limits: MediaLimits | None = None, plugins: Sequence[str] = ()) -> ModelFamily:
+    """The family of a checkpoint directory, which is read the way the family says."""
+    path = Path(model_dir)
+    cls = _find_class(read_architecture(path), path, plugins)
+    return ModelFamily(cls, InputContext.from_checkpoint(path, limits, cls.config_class or AutoConfig))
+
+
+def _find_class(architecture: str, model_dir: Path, plugins: Sequence[str]) -> type[SupportsMultiModal]:
     known = known_families(plugins)
-    if ctx.architecture not in known:
+    if architecture not in known:
         raise UnknownArchitectureError(
-            f"no family is registered for architecture {ctx.architecture!r} of {ctx.model_dir}; "
+            f"no family is registered for architecture {architecture!r} of {model_dir}; "
             f"registered: {', '.join(sorted(known))}"
         )
-    return ModelFamily(_resolve(known[ctx.architecture]), ctx)
+    return _resolve(known[architecture])
 
 
 def known_families(plugins: Sequence[str] = ()) -> Mapping[str, str | type[SupportsMultiModal]]:
@@ -55,7 +70,7 @@ def _families_of(module_name: str) -> dict[str, str | type[SupportsMultiModal]]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise RegistryError(f"cannot import the plugin {module_name!r}: {error}") from error
+        raise RegistryError(f"cannot import the plugin {module_name!r}: {_reason(error)}") from error
     classes = [
         value
         for value in vars(module).values()
@@ -73,7 +88,18 @@ def _resolve(family: str | type[SupportsMultiModal]) -> type[SupportsMultiModal]
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
-        raise RegistryError(f"cannot load the family {family!r}: {error}") from error
+        raise RegistryError(f"cannot load the family {family!r}: {_reason(error)}") from error
     if not (isinstance(cls, type) and issubclass(cls, SupportsMultiModal)):
         raise RegistryError(f"{family!r} does not implement SupportsMultiModal")
     return cls
+
+
+def _reason(error: Exception) -> str:
+    """The error's own words; where torch is what is missing, what to do about it."""
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "torch":
+        return (
+            "it needs torch, which is not installed here. A family in one file with its model works only where torch "
+            "is; for a preprocess service without it use two files: registration in a module that imports no torch, "
+            'the model in another, named by executor_model = "package.module:Class"'
+        )
+    return str(error)

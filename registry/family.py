@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import groupby
 from operator import attrgetter
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 
@@ -17,11 +18,12 @@ from registry.defaults.max_tokens import find_largest
 from registry.errors import CheckpointError, InvalidHookError, MissingHookError, UnknownModalityError
 from registry.hooks import Hooks, SupportsMultiModal, hooks_of
 from registry.inputs import DummyData, ProcessorInputs
-from registry.layout import WIRE_DTYPES, ItemLayout
+from registry.layout import WIRE_DTYPES, ItemLayout, Run, TensorSpec
 from registry.media import MediaInfo, MediaItem, check_modality
 
 Measure = Literal["num_tokens", "length", "num_bytes"]
 """What a layout is largest in: feature tokens, all tokens, or bytes of its tensors."""
+MAX_SHOWN_VALUES: Final = 16
 
 
 class ModelFamily:
@@ -102,8 +104,7 @@ class ModelFamily:
 
     def map_item(self, item: MediaItem) -> dict[str, np.ndarray]:
         """The item's tensors, contiguous, exactly as the layout says; constants are checked and dropped."""
-        hook = self.hooks.input_mappers.get(item.modality) or default_input_mapper
-        arrays = dict(hook(self.ctx, item))
+        arrays = dict(self._map(item))
         if not self.has_layout(item.modality):
             self._check_keywords(arrays, item.modality)
             return {name: np.asarray(array, order="C") for name, array in arrays.items()}
@@ -127,9 +128,11 @@ class ModelFamily:
         """Expand the prompt; see ProcessorInputs."""
         for info in inputs.media:
             self.check_modality(info.modality)
-        if self.hooks.input_processor is not None:
-            return self.hooks.input_processor(self.ctx, inputs)
-        return splice_replacements(self, inputs)
+        if self.hooks.input_processor is None:
+            return splice_replacements(self, inputs)
+        processed = self.hooks.input_processor(self.ctx, inputs)
+        self._check_ranges(processed, len(inputs.media))
+        return processed
 
     def dummy_data(self, seq_len: int, mm_counts: Mapping[str, int]) -> tuple[ProcessorInputs, list[MediaItem]]:
         """The registered dummy data, expanded and checked: at least `seq_len` tokens and `mm_counts` items."""
@@ -151,7 +154,21 @@ class ModelFamily:
             )
         return self._largest[key]
 
+    def observed_layout(self, modality: str, token_ids: Sequence[int], tensors: Mapping[str, TensorSpec]) -> ItemLayout:
+        """For a modality without a layout: what an item's range and tensors show.
+
+        The features go where the modality's placeholder token stands in the range.
+        """
+        placeholder = self.placeholder_token_id(modality)
+        runs = [Run(token, len(list(same)), token == placeholder) for token, same in groupby(token_ids)]
+        return ItemLayout(runs, tensors)
+
     # --- checks -----------------------------------------------------------------------------------
+
+    def _map(self, item: MediaItem) -> Mapping[str, np.ndarray]:
+        if (hook := self.hooks.input_mappers.get(item.modality)) is not None:
+            return hook(self.ctx, item)
+        return default_input_mapper(self.ctx, item, self.hooks.input_mappers.get("image"))
 
     @cached_property
     def _largest(self) -> dict[tuple[str, str], MediaInfo]:
@@ -217,7 +234,7 @@ class ModelFamily:
             if not np.array_equal(emitted, layout.constants[name]):
                 raise InvalidHookError(
                     f"{self.name}: the input mapper's {name} differs from the layout's for {info}: "
-                    f"{emitted.tolist()} instead of {layout.constants[name].tolist()}"
+                    f"{_shown(emitted)} instead of {_shown(layout.constants[name])}"
                 )
         if extra := arrays.keys() - layout.tensors.keys():
             raise InvalidHookError(
@@ -239,6 +256,22 @@ class ModelFamily:
             )
         return np.asarray(array, order="C")
 
+    def _check_ranges(self, processed: ProcessorInputs, num_items: int) -> None:
+        """Every item has its range, in order, inside the prompt."""
+        if len(processed.placeholders) != num_items:
+            raise InvalidHookError(
+                f"{self.name}: the input processor gives {len(processed.placeholders)} placeholder ranges for "
+                f"{num_items} items"
+            )
+        end = 0
+        for index, place in enumerate(processed.placeholders):
+            if place.offset < end or place.length < 1 or place.end > len(processed.prompt_token_ids):
+                raise InvalidHookError(
+                    f"{self.name}: the input processor puts item {index} at tokens {place.offset} to {place.end}; "
+                    f"it must lie between {end} and {len(processed.prompt_token_ids)}"
+                )
+            end = place.end
+
     def _check_dummy_count(self, data: DummyData, modality: str, count: int) -> None:
         items = sum(item.modality == modality for item in data.items)
         if items < count:
@@ -249,6 +282,13 @@ class ModelFamily:
             raise InvalidHookError(
                 f"{self.name}: dummy data has {placeholders} {modality} placeholders; {count} were asked for"
             )
+
+
+def _shown(array: np.ndarray) -> str:
+    """A small array's values; of a large one what can be read: its shape and its sum."""
+    if array.size <= MAX_SHOWN_VALUES:
+        return str(array.tolist())
+    return f"{list(array.shape)} values with sum {array.sum()}"
 
 
 def _without_batch_axis(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -30,10 +30,12 @@ class SupportsMultiModal:
 
     `executor_model` names the class that runs the model, as `"package.module:Class"`; it is imported by
     the executor only. `architectures` are the checkpoint architecture names the family serves; by
-    default the class's own name.
+    default the class's own name. `config_class` reads `config.json`, for models that transformers does not
+    know; by default AutoConfig does.
     """
 
     executor_model: ClassVar[str | None] = None
+    config_class: ClassVar[Any] = None
     architectures: ClassVar[tuple[str, ...]] = ()
 
     @classmethod

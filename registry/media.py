@@ -39,6 +39,16 @@ class MediaInfo:
         """Facts of an image of `height` x `width` pixels."""
         return cls("image", height=height, width=width)
 
+    @classmethod
+    def video(cls, height: int, width: int, num_frames: int, frame_rate: float = 1.0) -> MediaInfo:
+        """Facts of `num_frames` sampled frames of `height` x `width` pixels."""
+        return cls("video", height=height, width=width, num_frames=num_frames, frame_rate=frame_rate)
+
+    @classmethod
+    def audio(cls, num_samples: int, sample_rate: int) -> MediaInfo:
+        """Facts of `num_samples` samples at `sample_rate` Hz."""
+        return cls("audio", num_samples=num_samples, sample_rate=sample_rate)
+
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels; ValueError for audio."""

@@ -16,9 +16,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
-from diptych.cli.inputs import add_input_arguments, read_images, read_input
+from diptych.cli.inputs import add_input_arguments, read_input, read_media
 from diptych.cli.output import print_json
-from diptych.cli.plan import find_placeholder
+from diptych.cli.plan import find_placeholders
 from diptych.client.inputs import GenerateOptions
 from diptych.client.results import Generation
 from diptych.client.sync import Client
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
 
 def run(arguments: argparse.Namespace) -> int:
     """Ask and print."""
-    read_images(arguments)  # before anything is started: a picture that is not there needs no server
+    read_media(arguments)  # before anything is started: a file that is not there needs no server
     if arguments.address is not None:
         return ask(arguments, arguments.address)
     from diptych.cli.temporary import with_services
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 def ask(arguments: argparse.Namespace, address: str) -> int:
     """Send the request; print text as it comes, or one JSON object at the end."""
     with Client(address) as client:
-        prompt = read_input(arguments, find_placeholder(client) if arguments.chat else None)
+        prompt = read_input(arguments, find_placeholders(client) if arguments.chat else {})
         generation = Generation()
         for piece in client.stream(prompt, **_options(arguments)):
             generation.add(piece)

@@ -22,6 +22,7 @@ COMMANDS: Final = {
     "generate": "ask for an answer to a prompt with pictures",
     "plan": "show token ids and tensor shapes of a prompt; nothing is decoded",
     "models": "list the models of a preprocess service",
+    "check": "check a model family on a checkpoint: hooks, layout, mapper, model, transformers",
     "health": "ask whether a service serves; the probe for containers",
 }
 _EXAMPLES: Final = """\

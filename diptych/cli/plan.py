@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diptych.cli.inputs import add_input_arguments, read_images, read_input
+from diptych.cli.inputs import add_input_arguments, read_input, read_media
 from diptych.cli.main import UsageError
 from diptych.cli.output import print_json
 from diptych.client.errors import RequestError
 from diptych.client.inputs import Chat, Prompt, plan_request
-from diptych.client.results import Plan, plan_from_proto
+from diptych.client.results import Item, Plan, plan_from_proto
 from diptych.client.sync import Client
 
 if TYPE_CHECKING:
@@ -73,19 +73,19 @@ def as_json(plan: Plan) -> dict[str, object]:
 def _plan_there(arguments: argparse.Namespace) -> Plan:
     if arguments.limit_mm_per_prompt is not None:
         raise UsageError("--limit-mm-per-prompt goes with --model; a server has its own limits")
-    read_images(arguments)  # before the connection: a picture that is not there needs no server
+    read_media(arguments)  # before the connection: a file that is not there needs no server
     with Client(arguments.address) as client:
-        return client.plan(read_input(arguments, find_placeholder(client) if arguments.chat else None))
+        return client.plan(read_input(arguments, find_placeholders(client) if arguments.chat else {}))
 
 
-def find_placeholder(client: Client) -> str | None:
-    """The served model's placeholder text for pictures, None if it takes none."""
+def find_placeholders(client: Client) -> dict[str, str]:
+    """The served model's placeholder texts by modality."""
     models = client.list_models()
-    return models[0].placeholders.get("image") if models else None
+    return models[0].placeholders if models else {}
 
 
 def _plan_here(arguments: argparse.Namespace) -> Plan:
-    read_images(arguments)
+    read_media(arguments)
     limits = _parse_limits(arguments.limit_mm_per_prompt)
     from diptych.service.errors import DiptychError
 
@@ -109,7 +109,7 @@ def _plan_in_process(arguments: argparse.Namespace, limits: dict[str, int]) -> P
         checkpoint = Checkpoint(Path(arguments.model), plugins, media_limits)
     except RegistryError as error:
         raise InvalidInputError(str(error), stage="boot") from error
-    prompt: Prompt | Chat = read_input(arguments, checkpoint.family.placeholder_texts.get("image"))
+    prompt: Prompt | Chat = read_input(arguments, checkpoint.family.placeholder_texts)
     planner = Planner(checkpoint, lambda: RequestLimits(media_limits))
     return plan_from_proto(plan_response(planner.plan(read_message(plan_request(prompt, None)))))
 
@@ -133,11 +133,16 @@ def to_request_error(error: DiptychError) -> RequestError:
     return RequestError(error.code.name, error.message, error.metadata)
 
 
+def _size_of(item: Item) -> str:
+    """Rows and columns; audio has none."""
+    return "" if item.height is None else f" {item.height}x{item.width}"
+
+
 def _print_plan(plan: Plan) -> None:
     print(f"{len(plan.prompt_token_ids)} prompt tokens, {len(plan.items)} media items")
     for index, item in enumerate(plan.items):
         print(
-            f"  item {index}: {item.modality} {item.height}x{item.width}, tokens {item.offset} to "
+            f"  item {index}: {item.modality}{_size_of(item)}, tokens {item.offset} to "
             f"{item.offset + item.length - 1} ({item.length}, {item.num_feature_tokens} of them features)"
         )
         for tensor in item.tensors:

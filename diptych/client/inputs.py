@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -15,6 +16,11 @@ MODALITIES: Final = {
     "image": tensor_pb2.MODALITY_IMAGE,
     "video": tensor_pb2.MODALITY_VIDEO,
     "audio": tensor_pb2.MODALITY_AUDIO,
+}
+_PICTURE_BRANDS: Final = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+_MODALITY_OF_SUFFIX: Final = {
+    **dict.fromkeys((".wav", ".flac", ".ogg", ".oga", ".opus"), "audio"),
+    **dict.fromkeys((".mp4", ".m4v", ".mov"), "video"),
 }
 RequestT = TypeVar("RequestT", preprocess_pb2.GenerateRequest, preprocess_pb2.PlanRequest)
 
@@ -30,12 +36,17 @@ class Media:
     modality: str = "image"
 
     @classmethod
-    def file(cls, path: str | PathLike[str], modality: str = "image") -> Media:
-        """A file's content; RequestError NOT_FOUND if it cannot be read."""
+    def file(cls, path: str | PathLike[str], modality: str | None = None) -> Media:
+        """A file's content; RequestError NOT_FOUND if it cannot be read.
+
+        Without `modality` the content decides, or else the suffix: an animation (GIF, WebP) counts as an image
+        unless "video" is asked for.
+        """
         try:
-            return cls(Path(path).read_bytes(), modality=modality)
+            data = Path(path).read_bytes()
         except OSError as error:
             raise RequestError("NOT_FOUND", f"cannot read {path}: {error.strerror}", {"path": str(path)}) from None
+        return cls(data, modality=modality or guess_modality(data, Path(path).suffix))
 
     @classmethod
     def header(cls, prefix: bytes, total_bytes: int, modality: str = "image") -> Media:
@@ -51,6 +62,15 @@ class Media:
             header = preprocess_pb2.MediaHeader(prefix=self.prefix, total_bytes=self.total_bytes)
             return preprocess_pb2.Media(modality=modality, header=header)
         return preprocess_pb2.Media(modality=modality, data=self.data)
+
+
+def guess_modality(data: bytes, suffix: str = "") -> str:
+    """The modality of a file by how it begins, or else by its suffix; "image" where neither says."""
+    if data.startswith((b"fLaC", b"OggS")) or (data.startswith(b"RIFF") and data[8:12] == b"WAVE"):
+        return "audio"
+    if data[4:8] == b"ftyp" and data[8:12] not in _PICTURE_BRANDS:
+        return "video"
+    return _MODALITY_OF_SUFFIX.get(suffix.lower(), "image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +104,29 @@ class Chat:
     messages: Sequence[Message] = field(default_factory=list)
 
     @classmethod
-    def from_prompt(cls, text: str, media: Sequence[Media], placeholder: str) -> Chat:
+    def from_prompt(cls, text: str, media: Sequence[Media], placeholder: str | Mapping[str, str]) -> Chat:
         """One user turn: `text` split at its placeholders, an item in place of each.
 
-        RequestError if there are not as many placeholders as items.
+        `placeholder` is the model's text for an item, or modality -> text, as in `Model.placeholders`.
+        RequestError if there are not as many placeholders as items, or of other modalities.
         """
-        texts = text.split(placeholder)
-        if len(texts) - 1 != len(media):
+        kinds = {placeholder: None} if isinstance(placeholder, str) else {t: m for m, t in placeholder.items()}
+        pattern = "|".join(map(re.escape, sorted(kinds, key=len, reverse=True)))
+        pieces = re.split(f"({pattern})", text) if kinds else [text]
+        texts, found = pieces[::2], pieces[1::2]
+        if len(found) != len(media):
             raise RequestError(
                 "INVALID_ARGUMENT",
-                f"the prompt has {len(texts) - 1} media placeholders and the request has {len(media)} media items",
-                {"stage": "plan", "limit": str(len(texts) - 1), "actual": str(len(media))},
+                f"the prompt has {len(found)} media placeholders and the request has {len(media)} media items",
+                {"stage": "plan", "limit": str(len(found)), "actual": str(len(media))},
             )
+        for index, (text_found, item) in enumerate(zip(found, media, strict=True)):
+            if kinds[text_found] not in (None, item.modality):
+                raise RequestError(
+                    "INVALID_ARGUMENT",
+                    f"placeholder {index} of the prompt is for {kinds[text_found]}, item {index} is {item.modality}",
+                    {"stage": "plan", "item": str(index)},
+                )
         parts: list[str | Media] = []
         for index, piece in enumerate(texts):
             parts += [piece] if piece else []

@@ -11,11 +11,14 @@ import os
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
+
+if TYPE_CHECKING:  # imports transformers, for which `--help` need not wait
+    from registry.limits import MediaLimits
 
 ENV_PREFIX: Final = "DIPTYCH_"
 
@@ -56,6 +59,12 @@ class ServiceSettings(BaseModel):
     )
     max_image_side: int = Field(8192, ge=1, le=65535, description="longest side of an image in pixels")
     max_image_pixels: int = Field(64 * 1024 * 1024, ge=1, description="height times width of an image at most")
+    max_video_frames: int = Field(32, ge=1, description="frames of a video at most, after sampling")
+    max_video_pixels: int = Field(
+        256 * 1024 * 1024, ge=1, description="pixels of all sampled frames of a video together at most"
+    )
+    max_video_seconds: float = Field(600.0, gt=0, description="duration of a video at most")
+    max_audio_seconds: float = Field(300.0, gt=0, description="duration of an audio item at most")
     grace_period: float = Field(10.0, ge=0, description="seconds that running requests get when the service stops")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log shown")
     log_format: Literal["text", "json"] = Field("text", description="one line for people, or one JSON object")
@@ -64,6 +73,21 @@ class ServiceSettings(BaseModel):
     def model_name(self) -> str:
         """The name clients use."""
         return self.served_model_name or self.model.resolve().name
+
+    @property
+    def limits(self) -> MediaLimits:
+        """Limits on media, as the registry knows them."""
+        from registry.limits import MediaLimits
+
+        return MediaLimits(
+            self.limit_mm_per_prompt,
+            self.max_image_side,
+            self.max_image_pixels,
+            self.max_video_frames,
+            self.max_video_pixels,
+            self.max_video_seconds,
+            self.max_audio_seconds,
+        )
 
 
 SettingsT = TypeVar("SettingsT", bound=BaseModel)

@@ -28,7 +28,7 @@ from executor_service.models.loader import load_model
 from executor_service.models.protocol import KVGeometry, kv_geometry
 from registry import InputContext
 from registry.errors import CheckpointError
-from registry.families import bind_family
+from registry.families import open_family
 from registry.family import ModelFamily
 from registry.fingerprint import fingerprint
 
@@ -39,6 +39,9 @@ DTYPES: Final = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
+
+_REMEDIES: Final = {"video": " or lower --max-video-frames", "audio": " or lower --max-audio-seconds"}
+"""What else helps where an item is too long for a request."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,12 @@ def _stage(name: str, report: Report) -> Iterator[_Stage]:
 
 
 def _load_config(config: EngineConfig) -> tuple[ModelFamily, WorstLoad, torch.device, torch.dtype]:
-    ctx = InputContext.from_checkpoint(config.model_dir, config.limits)
-    family = bind_family(ctx, config.plugins)
+    family = open_family(config.model_dir, config.limits, config.plugins)
     device = _pick_device(config.device)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     load = _worst_load(family, config)
-    return family, load, device, _pick_dtype(config.dtype, ctx, device)
+    return family, load, device, _pick_dtype(config.dtype, family.ctx, device)
 
 
 def _pick_device(name: str) -> torch.device:
@@ -132,7 +134,7 @@ def _worst_load(family: ModelFamily, config: EngineConfig) -> WorstLoad:
         if length >= max_model_len:
             raise CheckpointError(
                 f"one {modality} may need {length} of the {max_model_len} tokens a request may have "
-                f"({features} features); raise --max-model-len above {length}"
+                f"({features} features); raise --max-model-len above {length}{_REMEDIES.get(modality, '')}"
             )
     encoder = max([config.max_num_batched_tokens, *(features for features, _ in most.values())])
     return WorstLoad(config.max_num_batched_tokens, config.max_num_seqs, encoder, max_model_len)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 
 from executor_service.engine.messages import Finished, FinishReason, Load, StepReport, TokenLogprobs
-from executor_service.engine.model_runner import ModelOutput, ModelRunner
+from executor_service.engine.model_runner import ItemMismatchError, ModelOutput, ModelRunner
 from executor_service.engine.request import Request
 from executor_service.engine.scheduler import ScheduledBatch, Scheduler
 
@@ -64,7 +64,9 @@ class Engine:
     def _update(self, batch: ScheduledBatch, output: ModelOutput) -> list[Request]:
         """Advance every request of the batch, append its token, and retire those that ended."""
         for scheduled, error in output.failed:
-            scheduled.request.finish_reason, scheduled.request.error = FinishReason.FAILED, error
+            is_mismatch = isinstance(error, ItemMismatchError)
+            scheduled.request.finish_reason = FinishReason.MISMATCHED if is_mismatch else FinishReason.FAILED
+            scheduled.request.error = str(error)
         for scheduled in batch.requests:
             if not scheduled.request.is_finished:
                 _advance(scheduled.request, scheduled.num_tokens)

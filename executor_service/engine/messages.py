@@ -154,12 +154,13 @@ class Booted:
 
 
 class FinishReason(Enum):
-    """Why a request left the engine."""
+    """Why a request left the engine; MISMATCHED: its items are not what the sender claimed."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORTED = "aborted"
     FAILED = "failed"
+    MISMATCHED = "mismatched"
 
 
 @dataclass(frozen=True)

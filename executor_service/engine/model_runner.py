@@ -18,13 +18,17 @@ from executor_service.layers.context import AttentionMetadata, KVCache, forward_
 from registry import Normalization
 
 
+class ItemMismatchError(ValueError):
+    """What the sender claimed of an item without a layout is not what the encoder makes of it."""
+
+
 @dataclass(frozen=True)
 class ModelOutput:
-    """Sampled tokens of the requests in `requests`, parallel; `failed` could not be encoded."""
+    """Sampled tokens of the requests in `requests`, parallel; `failed` could not be encoded, and why."""
 
     requests: list[ScheduledRequest]
     sampled: SampledTokens
-    failed: list[tuple[ScheduledRequest, str]]
+    failed: list[tuple[ScheduledRequest, Exception]]
 
 
 class ModelRunner:
@@ -67,9 +71,9 @@ class ModelRunner:
     # --- encoder ----------------------------------------------------------------------------------
 
     def encode(self, items: Sequence[EngineItem]) -> None:
-        """Give every item its features; items of one modality go through the encoder together."""
-        for modality in dict.fromkeys(item.modality for item in items):
-            group = [item for item in items if item.modality == modality]
+        """Give every item its features; items of one modality with the same tensors go through together."""
+        for kind in dict.fromkeys(_kind(item) for item in items):
+            group = [item for item in items if _kind(item) == kind]
             keywords = {name: [self._tensor(item, name) for item in group] for name in group[0].tensors}
             for name in group[0].layout.constants:
                 keywords[name] = [torch.from_numpy(item.layout.constants[name]).to(self.device) for item in group]
@@ -79,27 +83,27 @@ class ModelRunner:
 
     def _encode_batch(
         self, batch: list[ScheduledRequest]
-    ) -> tuple[list[ScheduledRequest], list[tuple[ScheduledRequest, str]]]:
+    ) -> tuple[list[ScheduledRequest], list[tuple[ScheduledRequest, Exception]]]:
         """Encode all items at once; if that fails, one request at a time, so that only the culprit fails."""
         items = [item for scheduled in batch for item in scheduled.items]
         if not items:
             return batch, []
         try:
             self.encode(items)
-        except (RuntimeError, ValueError):
+        except Exception:  # tensors without a layout may make a model raise anything
             return self._encode_one_by_one(batch)
         return batch, []
 
     def _encode_one_by_one(
         self, batch: list[ScheduledRequest]
-    ) -> tuple[list[ScheduledRequest], list[tuple[ScheduledRequest, str]]]:
-        good, failed = [], []
+    ) -> tuple[list[ScheduledRequest], list[tuple[ScheduledRequest, Exception]]]:
+        good, failed = [], list[tuple[ScheduledRequest, Exception]]()
         for scheduled in batch:
             try:
                 self.encode(scheduled.items)
                 good.append(scheduled)
-            except (RuntimeError, ValueError) as error:
-                failed.append((scheduled, str(error)))
+            except Exception as error:
+                failed.append((scheduled, _blame(error, scheduled)))
         return good, failed
 
     def _tensor(self, item: EngineItem, name: str) -> Tensor:
@@ -166,9 +170,26 @@ class ModelRunner:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device)
 
 
+def _kind(item: EngineItem) -> tuple[str, ...]:
+    """Items of one kind have the same keywords."""
+    return (item.modality, *sorted(item.tensors), *sorted(item.layout.constants))
+
+
+def _blame(error: Exception, scheduled: ScheduledRequest) -> Exception:
+    """An ItemMismatchError where what failed was never attested: then it is the sender's."""
+    if isinstance(error, ItemMismatchError) or all(item.is_attested for item in scheduled.items):
+        return error
+    return ItemMismatchError(f"the model does not take the item's tensors: {type(error).__name__}: {error}")
+
+
 def _check_features(features: Tensor, item: EngineItem, embeddings: Any) -> None:
     """ValueError unless the encoder's output fits the item's places in the prompt."""
     width = embeddings.weight.shape[-1]
+    if not item.is_attested and len(features) != item.layout.num_tokens:
+        raise ItemMismatchError(
+            f"the encoder makes {len(features)} features of the {item.modality} item at token "
+            f"{item.placeholder.offset}; its range has {item.layout.num_tokens} places for them"
+        )
     if tuple(features.shape) != (item.layout.num_tokens, width):
         raise ValueError(
             f"the encoder made features {list(features.shape)}; the layout and the embedding ask for "

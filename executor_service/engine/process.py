@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -29,7 +30,7 @@ from executor_service.engine.messages import (
     ToEngine,
 )
 from executor_service.engine.request import EngineItem, Request
-from registry import PlaceholderRange
+from registry import PlaceholderRange, TensorSpec
 from registry.errors import RegistryError
 
 
@@ -66,7 +67,7 @@ class EngineProcess:
                 self._stopping = True
 
     def _make_request(self, submit: Submit) -> Request:
-        items = [self._make_item(item) for item in submit.items]
+        items = [self._make_item(item, submit.prompt_token_ids) for item in submit.items]
         positions, delta = self._engine.runner.prompt_positions(submit.prompt_token_ids, items)
         return Request(
             submit.request_id,
@@ -79,10 +80,14 @@ class EngineProcess:
             delta,
         )
 
-    def _make_item(self, item: ItemSlots) -> EngineItem:
-        layout = self._family.layout(item.info)
+    def _make_item(self, item: ItemSlots, prompt_token_ids: Sequence[int]) -> EngineItem:
+        modality, place = item.info.modality, PlaceholderRange(item.offset, item.length)
         tensors = {slot.name: self._view(slot) for slot in item.tensors}
-        return EngineItem(PlaceholderRange(item.offset, item.length), item.info.modality, layout, tensors)
+        if self._family.has_layout(modality):
+            return EngineItem(place, modality, self._family.layout(item.info), tensors)
+        specs = {slot.name: TensorSpec(slot.dtype, slot.shape) for slot in item.tensors}
+        layout = self._family.observed_layout(modality, prompt_token_ids[place.offset : place.end], specs)
+        return EngineItem(place, modality, layout, tensors, is_attested=False)
 
     def _view(self, slot: TensorSlot) -> torch.Tensor:
         """The tensor's bytes where they are; valid until the front is told that the request has ended."""

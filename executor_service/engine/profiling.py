@@ -15,7 +15,7 @@ from executor_service.engine.request import EngineItem, Request
 from executor_service.engine.sampler import sample
 from executor_service.engine.scheduler import ScheduledBatch, ScheduledRequest
 from executor_service.models.protocol import KVGeometry
-from registry import MediaInfo, PlaceholderRange
+from registry import ItemLayout, MediaInfo, MediaItem, TensorSpec
 from registry.family import ModelFamily
 
 
@@ -60,8 +60,20 @@ def _dummy_items(family: ModelFamily, load: WorstLoad) -> tuple[list[int], list[
         if item.info not in mapped:
             arrays = family.map_item(item)
             mapped[item.info] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        items.append(EngineItem(placeholder, item.modality, family.layout(item.info), mapped[item.info]))
+        tensors = mapped[item.info]
+        layout = _layout_of(family, item, inputs.prompt_token_ids[placeholder.offset : placeholder.end], tensors)
+        items.append(EngineItem(placeholder, item.modality, layout, tensors))
     return inputs.prompt_token_ids, items
+
+
+def _layout_of(
+    family: ModelFamily, item: MediaItem, token_ids: list[int], tensors: dict[str, torch.Tensor]
+) -> ItemLayout:
+    """The family's, or where it has none what its processor and mapper made."""
+    if family.has_layout(item.modality):
+        return family.layout(item.info)
+    specs = {name: TensorSpec(str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return family.observed_layout(item.modality, token_ids, specs)
 
 
 def _largest_encoder_batch(items: list[EngineItem], max_num_encoder_tokens: int) -> list[EngineItem]:
@@ -72,8 +84,8 @@ def _largest_encoder_batch(items: list[EngineItem], max_num_encoder_tokens: int)
         item = items[len(batch) % len(items)]
         if batch and item.layout.num_tokens > left:
             break
-        left -= item.layout.num_tokens
-        batch.append(EngineItem(PlaceholderRange(0, 1), item.modality, item.layout, item.tensors))
+        left -= max(item.layout.num_tokens, 1)
+        batch.append(EngineItem(item.placeholder, item.modality, item.layout, item.tensors))
     return batch
 
 

@@ -17,7 +17,8 @@ from registry import ItemLayout, PlaceholderRange
 class EngineItem:
     """One media item: where its features go, and its tensors by keyword (views into shared memory).
 
-    `features` [num_features, width] are there from the item's encoding until its range is computed.
+    `features` [num_features, width] are there from the item's encoding until its range is computed. `is_attested`
+    is False where the family has no layout: then `layout` is only what the sender claimed.
     """
 
     placeholder: PlaceholderRange
@@ -25,6 +26,7 @@ class EngineItem:
     layout: ItemLayout
     tensors: dict[str, Tensor]
     features: Tensor | None = None
+    is_attested: bool = True
 
 
 class Request:

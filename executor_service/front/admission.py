@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from diptych.service.errors import (
-    DiptychError,
     IncompatibleError,
     InvalidInputError,
     LimitExceededError,
@@ -23,14 +22,12 @@ from diptych.service.errors import (
 from diptych.service.media_errors import from_media_error
 from diptych.service.sampling import check_sampling
 from diptych.v1 import executor_pb2, tensor_pb2
-from diptych.wire.dtypes import DTYPE_OF_NAME, NAME_OF_DTYPE
 from diptych.wire.media import media_info_from_proto
 from executor_service.engine.messages import Booted, SamplingParams
+from executor_service.front.claims import STAGE, attest_tensors, bound_tensors
 from registry import ItemLayout, MediaInfo, PlaceholderRange, TensorSpec
 from registry.errors import MediaError, RegistryError
 from registry.family import ModelFamily
-
-STAGE = "attest"
 
 
 @dataclass(frozen=True)
@@ -109,12 +106,15 @@ class Admission:
     def _attest_items(self, messages: Sequence[executor_pb2.MediaItem], token_ids: np.ndarray) -> list[AdmittedItem]:
         items: list[AdmittedItem] = []
         end = 0
+        index: int | None = None
         try:
             for index, message in enumerate(messages):
                 items.append(self._attest_item(index, message, token_ids, end))
                 end = items[-1].placeholder.end
+            index = None
             self._family.ctx.limits.check_counts(Counter(item.info.modality for item in items))
         except MediaError as error:
+            error.item_index = index
             raise from_media_error(error, STAGE) from error
         return items
 
@@ -122,15 +122,11 @@ class Admission:
         self, index: int, message: executor_pb2.MediaItem, token_ids: np.ndarray, earliest: int
     ) -> AdmittedItem:
         info = self._check_info(index, message.info)
+        placeholder = _check_range(index, message.placeholder, earliest, len(token_ids))
+        claimed = token_ids[placeholder.offset : placeholder.end].tolist()
+        if not self._family.has_layout(info.modality):
+            return self._observe_item(index, message, info, placeholder, claimed)
         layout = self._family.layout(info)
-        placeholder = PlaceholderRange(message.placeholder.offset, message.placeholder.length)
-        if placeholder.offset < earliest or placeholder.end > len(token_ids):
-            raise InvalidInputError(
-                f"item {index} claims tokens {placeholder.offset} to {placeholder.end}; they must lie between "
-                f"{earliest} and {len(token_ids)}, in order and without overlap",
-                stage=STAGE,
-                item=index,
-            )
         if placeholder.length != layout.length:
             raise InvalidInputError(
                 f"item {index} claims {placeholder.length} tokens; its size gives {layout.length}",
@@ -139,13 +135,48 @@ class Admission:
                 limit=layout.length,
                 actual=placeholder.length,
             )
-        if token_ids[placeholder.offset : placeholder.end].tolist() != layout.token_ids:
+        if claimed != layout.token_ids:
             raise InvalidInputError(
                 f"item {index}: tokens {placeholder.offset} to {placeholder.end} are not its replacement",
                 stage=STAGE,
                 item=index,
             )
-        return AdmittedItem(info, placeholder, layout, _attest_tensors(index, message.tensors, layout))
+        return AdmittedItem(info, placeholder, layout, attest_tensors(index, message.tensors, layout))
+
+    def _observe_item(
+        self,
+        index: int,
+        message: executor_pb2.MediaItem,
+        info: MediaInfo,
+        placeholder: PlaceholderRange,
+        token_ids: list[int],
+    ) -> AdmittedItem:
+        """A modality without a layout: claims within bounds are believed until the encoder has run."""
+        tensors = bound_tensors(index, message.tensors)
+        layout = self._family.observed_layout(info.modality, token_ids, dict(tensors))
+        most = self._booted.max_tokens_per_item[info.modality]
+        if layout.num_tokens > most:
+            raise LimitExceededError(
+                f"item {index} has {layout.num_tokens} places for features; at most {most} are allowed",
+                stage=STAGE,
+                item=index,
+                limit=most,
+                actual=layout.num_tokens,
+            )
+        self._check_ids_exist(index, layout)
+        return AdmittedItem(info, placeholder, layout, tensors)
+
+    def _check_ids_exist(self, index: int, layout: ItemLayout) -> None:
+        """What is not a feature is looked up in the embedding."""
+        largest = max((run.token_id for run in layout.replacement if not run.is_feature), default=0)
+        if largest >= self._booted.vocab_size:
+            raise InvalidInputError(
+                f"item {index}: its range has token {largest}; the vocabulary has {self._booted.vocab_size} ids",
+                stage=STAGE,
+                item=index,
+                limit=self._booted.vocab_size,
+                actual=largest,
+            )
 
     def _check_info(self, index: int, message: tensor_pb2.MediaInfo) -> MediaInfo:
         try:
@@ -153,8 +184,16 @@ class Admission:
             self._family.check_modality(info.modality)
         except (ValueError, RegistryError) as error:
             raise InvalidInputError(f"item {index}: {error}", stage=STAGE, item=index) from error
-        if info.modality in ("image", "video") and not (info.height and info.width):
-            raise InvalidInputError(f"item {index} lacks its height or width", stage=STAGE, item=index)
+        _check_facts(index, info)
+        rate = self._family.ctx.sampling_rate
+        if info.modality == "audio" and info.sample_rate != rate:
+            raise InvalidInputError(
+                f"item {index} is sampled at {info.sample_rate} Hz; the model takes {rate} Hz",
+                stage=STAGE,
+                item=index,
+                limit=rate,
+                actual=info.sample_rate,
+            )
         self._family.ctx.limits.check_size(info, index)
         return info
 
@@ -206,30 +245,25 @@ def _check_served_fields(start: executor_pb2.Start) -> None:
             raise UnimplementedError(f"{name} is not served yet", stage="admit", field=name)
 
 
-def _attest_tensors(
-    index: int, messages: Sequence[tensor_pb2.Tensor], layout: ItemLayout
-) -> tuple[tuple[str, TensorSpec], ...]:
-    names = [message.name for message in messages]
-    if sorted(names) != sorted(layout.tensors):
-        raise _mismatch(index, f"has tensors {', '.join(names) or 'none'}; {', '.join(layout.tensors)} are expected")
-    for message in messages:
-        _attest_tensor(index, message, layout.tensors[message.name])
-    return tuple((name, layout.tensors[name]) for name in names)
-
-
-def _attest_tensor(index: int, message: tensor_pb2.Tensor, spec: TensorSpec) -> None:
-    if message.dtype != DTYPE_OF_NAME[spec.dtype]:
-        claimed = NAME_OF_DTYPE.get(message.dtype, f"dtype {message.dtype}")
-        raise _mismatch(index, f"claims {claimed} for {message.name}; it must be {spec.dtype}")
-    if tuple(message.shape) != spec.shape:
-        raise _mismatch(index, f"claims shape {list(message.shape)} for {message.name}; it must be {list(spec.shape)}")
-    if message.WhichOneof("payload") == "data":
-        raise UnimplementedError("inline tensor data is not served yet; send it in chunks", stage=STAGE, item=index)
-    if message.chunks.total_bytes != spec.num_bytes:
-        raise _mismatch(
-            index, f"announces {message.chunks.total_bytes} bytes for {message.name}; its shape has {spec.num_bytes}"
+def _check_range(index: int, message: tensor_pb2.PlaceholderRange, earliest: int, num_tokens: int) -> PlaceholderRange:
+    placeholder = PlaceholderRange(message.offset, message.length)
+    if placeholder.offset < earliest or placeholder.end > num_tokens:
+        raise InvalidInputError(
+            f"item {index} claims tokens {placeholder.offset} to {placeholder.end}; they must lie between "
+            f"{earliest} and {num_tokens}, in order and without overlap",
+            stage=STAGE,
+            item=index,
         )
+    if not placeholder.length:
+        raise InvalidInputError(f"item {index} claims no tokens", stage=STAGE, item=index, limit=1, actual=0)
+    return placeholder
 
 
-def _mismatch(index: int, what: str) -> DiptychError:
-    return InvalidInputError(f"item {index} {what}", stage=STAGE, item=index)
+def _check_facts(index: int, info: MediaInfo) -> None:
+    """Every fact of the modality is there and above zero."""
+    names = {"image": ("height", "width"), "video": ("height", "width", "num_frames", "frame_rate")}
+    for name in names.get(info.modality, ("num_samples", "sample_rate")):
+        value = getattr(info, name)
+        if not value or not 0 < value < float("inf"):
+            what = name if info.modality != "image" else "height or width"
+            raise InvalidInputError(f"item {index} lacks its {what}", stage=STAGE, item=index)

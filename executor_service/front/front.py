@@ -13,6 +13,7 @@ from diptych.service.errors import (
     DeadlineError,
     DiptychError,
     InternalError,
+    InvalidInputError,
     LimitExceededError,
     OverloadedError,
     RequestCancelledError,
@@ -292,6 +293,8 @@ class Front:
         if finished.reason is FinishReason.FAILED:
             LOG.error("request %s failed in the engine: %s", request.admitted.request_id, finished.error)
             request.error = InternalError("the model failed on this request; the log has the details", stage="execute")
+        if finished.reason is FinishReason.MISMATCHED:
+            request.error = InvalidInputError(finished.error, stage="encode")
         if request.error is not None:
             return executor_pb2.Final(handle=request.handle, status=request.error.to_status())
         return executor_pb2.Final(handle=request.handle, completion=_completion(request, finished))

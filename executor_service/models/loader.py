@@ -27,13 +27,21 @@ def load_model(
     TypeError if the class does not fit the model protocol; CheckpointError names missing, unknown or
     misshapen weights.
     """
+    model = build_model(family, tensor_names, device, dtype)
+    missing = _assign_weights(model, family.ctx.model_dir, device, dtype, progress)
+    _finish(model, missing)
+    return model.eval().requires_grad_(False)
+
+
+def build_model(
+    family: ModelFamily, tensor_names: tuple[str, ...], device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """The family's model with its parameters still on the meta device, and its buffers on `device`."""
     cls = load_model_class(family)
     check_model_class(cls, tensor_names)
     model = _build_on_meta(cls, family, dtype)
     _materialize_buffers(model, device)
-    missing = _assign_weights(model, family.ctx.model_dir, device, dtype, progress)
-    _finish(model, missing)
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def _build_on_meta(cls: type[nn.Module], family: ModelFamily, dtype: torch.dtype) -> nn.Module:

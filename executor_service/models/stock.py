@@ -23,7 +23,8 @@ class StockModel(nn.Module):
     def __init__(self, ctx: InputContext) -> None:
         super().__init__()
         self.hf = self.hf_class(ctx.model_config)
-        self.hf.set_attn_implementation({"text_config": IMPLEMENTATION, "vision_config": "sdpa"})
+        towers = dict.fromkeys(self.hf.config.sub_configs, "sdpa")
+        self.hf.set_attn_implementation({**towers, "text_config": IMPLEMENTATION})
         self.softcap = getattr(ctx.text_config, "final_logit_softcapping", None)
 
     def get_input_embeddings(self) -> nn.Module:

@@ -29,7 +29,7 @@ def _media_item(item: PlannedItem) -> executor_pb2.MediaItem:
         info=media_info_to_proto(item.info),
         media_digest=item.media_digest,
         placeholder=placeholder_to_proto(item.placeholder),
-        tensors=[_tensor(name, spec) for name, spec in item.layout.tensors.items()],
+        tensors=[_tensor(name, spec) for name, spec in item.tensors.items()],
     )
 
 

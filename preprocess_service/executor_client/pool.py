@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Final
 
 from diptych.service.errors import UnavailableError
@@ -54,16 +55,15 @@ class ExecutorPool:
     async def wait_ready(self) -> None:
         """Returns with the first compatible executor; IncompatibleError once every one has been refused."""
         while not self.ready:
-            refused = [executor.incompatible for executor in self._executors if executor.incompatible is not None]
-            if len(refused) == len(self._executors):
-                raise refused[0]
+            self._check_compatible()
             self._changed.clear()
             await self._changed.wait()
 
     def choose(self) -> Executor:
-        """The least loaded executor; UnavailableError if none is there."""
+        """The least loaded executor; IncompatibleError if all were refused, UnavailableError if none is there."""
         ready = self.ready
         if not ready:
+            self._check_compatible()
             raise UnavailableError(
                 f"no compatible executor is ready (of {len(self._executors)})",
                 stage="executor",
@@ -74,6 +74,12 @@ class ExecutorPool:
     async def close(self) -> None:
         """End every connection."""
         await asyncio.gather(*(executor.close() for executor in self._executors))
+
+    def _check_compatible(self) -> None:
+        """IncompatibleError naming what differs once every executor has been refused."""
+        refused = [executor.incompatible for executor in self._executors if executor.incompatible is not None]
+        if len(refused) == len(self._executors):
+            raise refused[0]
 
     def _models(self) -> Iterator[executor_pb2.GetModelResponse]:
         return (executor.model for executor in self._executors if executor.model is not None)
@@ -95,5 +101,10 @@ def _strictest(own: MediaLimits, executors: Sequence[executor_pb2.Limits]) -> Re
     sides = [limits.max_image_side for limits in executors if limits.max_image_side]
     pixels = [limits.max_image_pixels for limits in executors if limits.max_image_pixels]
     lengths = [limits.max_model_len for limits in executors if limits.max_model_len]
-    media = MediaLimits(counts, min([own.max_image_side, *sides]), min([own.max_image_pixels, *pixels]))
+    media = replace(
+        own,
+        max_items_per_prompt=counts,
+        max_image_side=min([own.max_image_side, *sides]),
+        max_image_pixels=min([own.max_image_pixels, *pixels]),
+    )
     return RequestLimits(media, min(lengths, default=None))

@@ -1,4 +1,7 @@
-"""Image bytes to pixels, as `transformers.image_utils.load_image` does it: EXIF applied, RGB, first frame."""
+"""Media bytes to pixels and samples, on worker threads.
+
+Pictures as `transformers.image_utils.load_image` reads them: EXIF applied, RGB, first frame.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +9,21 @@ import asyncio
 import os
 import time
 import warnings
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from io import BytesIO
-from typing import Final
+from typing import Any, Final
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from diptych.service.errors import InternalError, InvalidInputError
-from preprocess_service.requests import PlannedItem
+from preprocess_service.media.decode_audio import decode_audio
+from preprocess_service.media.decode_errors import check_picture_size, undecodable
+from preprocess_service.media.decode_video import decode_video
+from preprocess_service.requests import MappedItem, PlannedItem
 from registry import MediaItem
 from registry.errors import RegistryError
 from registry.family import ModelFamily
-
-STAGE: Final = "decode"
-
-
-@dataclass(frozen=True, slots=True)
-class MappedItem:
-    """The tensors of one item, in the layout's order, and the seconds they took."""
-
-    tensors: dict[str, np.ndarray]
-    decode_seconds: float
-    map_seconds: float
 
 
 class MediaWorkers:
@@ -50,10 +44,10 @@ class MediaWorkers:
 
     def _load(self, item: PlannedItem, index: int) -> MappedItem:
         start = time.perf_counter()
-        picture = decode_image(item, index)
+        data = _DECODERS[item.info.modality](item, index)
         decoded = time.perf_counter()
         try:
-            tensors = self._family.map_item(MediaItem(item.info, picture))
+            tensors = self._family.map_item(MediaItem(item.info, data))
         except RegistryError as error:
             raise InternalError(f"item {index}: {error}", stage="map", item=index) from error
         return MappedItem(tensors, decoded - start, time.perf_counter() - decoded)
@@ -70,32 +64,20 @@ def decode_image(item: PlannedItem, index: int) -> Image.Image:
     assert item.data is not None
     height, width = item.info.size
     try:
-        with Image.open(BytesIO(item.data), formats=(item.image_format,)) as file:
+        with Image.open(BytesIO(item.data), formats=(item.file_format,)) as file:
             # Before any pixel: a file that Pillow reads as larger than the header walk did is not decoded.
-            _check_size(sorted(file.size), sorted((width, height)), index)
+            check_picture_size(sorted(file.size), sorted((width, height)), index)
             picture = ImageOps.exif_transpose(file).convert("RGB")
     except InvalidInputError:
         raise
     except Exception as error:  # Pillow's plugins raise whatever their parser meets: SyntaxError, struct.error, …
-        raise InvalidInputError(
-            f"item {index}: the {item.image_format} image cannot be decoded: {_reason(error)}", stage=STAGE, item=index
-        ) from error
-    _check_size(list(picture.size), [width, height], index)
+        raise undecodable(index, f"{item.file_format} image", error) from error
+    check_picture_size(list(picture.size), [width, height], index)
     return picture
 
 
-def _check_size(actual: list[int], promised: list[int], index: int) -> None:
-    if actual != promised:
-        raise InvalidInputError(
-            f"item {index}: the image decodes to {actual[0]}x{actual[1]} pixels, its header says "
-            f"{promised[0]}x{promised[1]}",
-            stage=STAGE,
-            item=index,
-        )
-
-
-def _reason(error: Exception) -> str:
-    """The error's own text without addresses of objects, which mean nothing to a client."""
-    if isinstance(error, UnidentifiedImageError):
-        return "its data is not what its header says"
-    return str(error) or type(error).__name__
+_DECODERS: Final[Mapping[str, Callable[[PlannedItem, int], Any]]] = {
+    "image": decode_image,
+    "video": decode_video,
+    "audio": decode_audio,
+}

@@ -36,8 +36,14 @@ class TruncatedHeader(HeaderError):  # noqa: N818 (a state of the prefix, not of
 class FilePrefix:
     """The first bytes of a file whose total size is known (all of them, when both sizes are equal)."""
 
-    def __init__(self, data: bytes | memoryview, total_bytes: int | None = None) -> None:
-        """Keep a view of `data`, never a copy. Without `total_bytes`, `data` is the whole file."""
+    def __init__(
+        self, data: bytes | memoryview, total_bytes: int | None = None, facts: str = "size and orientation"
+    ) -> None:
+        """Keep a view of `data`, never a copy. Without `total_bytes`, `data` is the whole file.
+
+        `facts` is what the walk is for, in messages.
+        """
+        self.facts = facts
         self.data = memoryview(data).cast("B")
         self.num_bytes = len(self.data)
         self.total_bytes = self.num_bytes if total_bytes is None else total_bytes
@@ -58,8 +64,13 @@ class FilePrefix:
         if self.num_bytes >= self.total_bytes:
             return HeaderError(f"truncated: the file ends at byte {self.total_bytes}, inside its header")
         end = min(end, self.total_bytes)
-        message = f"the first {self.num_bytes} of {self.total_bytes} bytes do not settle size and orientation"
+        message = f"the first {self.num_bytes} of {self.total_bytes} bytes do not settle {self.facts}"
         return TruncatedHeader(f"{message}: at least {end} are needed", end)
+
+    def require_whole(self) -> None:
+        """Fail unless the prefix is the whole file."""
+        if self.num_bytes < self.total_bytes:
+            raise self.needs(self.total_bytes)
 
     def take(self, start: int, length: int) -> bytes:
         """Copy `length` bytes from `start`."""
@@ -86,7 +97,7 @@ class FilePrefix:
         return self.data[position]
 
 
-def bounded_steps(what: str) -> Iterator[None]:
-    """Yield `MAX_STEPS` times, then refuse: `what` names the things walked over."""
-    yield from repeat(None, MAX_STEPS)
-    raise HeaderError(f"more than {MAX_STEPS} {what}")
+def bounded_steps(what: str, most: int = MAX_STEPS) -> Iterator[None]:
+    """Yield `most` times, then refuse: `what` names the things walked over."""
+    yield from repeat(None, most)
+    raise HeaderError(f"more than {most} {what}")

@@ -13,7 +13,8 @@ from preprocess_service.media.header_bytes import FilePrefix, HeaderError, bound
 _SCREEN = struct.Struct("<HHB")
 _FRAME = struct.Struct("<HHHHB")
 _BLOCK = re.compile(rb"[!,;]")
-_COMMENT, _APPLICATION = 0xFE, 0xFF
+_CONTROL, _COMMENT, _APPLICATION = 0xF9, 0xFE, 0xFF
+MAX_FRAME_STEPS = 1 << 19  # blocks of at most 255 bytes: twice what 64 MiB of pixels need
 
 
 def probe_gif(file: FilePrefix) -> tuple[int, int]:
@@ -24,6 +25,25 @@ def probe_gif(file: FilePrefix) -> tuple[int, int]:
     # One more byte, the code size, stands before the pixels; without it Pillow does not open the file.
     file.require_in_file(start + _FRAME.size + _palette_size(flags) + 1)
     return max(width, left + frame_width), max(height, top + frame_height)
+
+
+def probe_gif_frames(file: FilePrefix) -> list[int]:
+    """Milliseconds of every frame, 0 where none are given; the file must be whole."""
+    _, _, flags = file.unpack(_SCREEN, 6)
+    position, delay, delays = 13 + _palette_size(flags), 0, list[int]()
+    steps = bounded_steps("GIF blocks", MAX_FRAME_STEPS)
+    while (match := file.search(_BLOCK, position, 1)) is not None and match[0] != b";":
+        next(steps)
+        position = match.end()
+        if match[0] == b"!":
+            if file.byte(position) == _CONTROL and file.byte(position + 1) == 4:
+                delay = 10 * int.from_bytes(file.take(position + 3, 2), "little")
+            position = _skip_extension(file, position, steps)
+        else:
+            *_, flags = file.unpack(_FRAME, position)
+            position = _skip_blocks(file, position + _FRAME.size + _palette_size(flags) + 1, steps)
+            delays.append(delay)
+    return delays
 
 
 def _palette_size(flags: int) -> int:

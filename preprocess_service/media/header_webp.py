@@ -26,6 +26,19 @@ def probe_webp(file: FilePrefix) -> tuple[int, int]:
     return _extended_size(file, size, riff_end)
 
 
+def probe_webp_frames(file: FilePrefix) -> list[int]:
+    """Milliseconds of every frame, [0] for a still picture; the file must be whole."""
+    end = 8 + file.unpack(_RIFF_SIZE, 4)[0]
+    position, steps, delays = 12, bounded_steps("WebP chunks"), list[int]()
+    while position + 8 <= end:
+        next(steps)
+        name, size = file.unpack(_CHUNK, position)
+        if name == b"ANMF":
+            delays.append(int.from_bytes(file.take(position + 8 + 12, 3), "little"))
+        position = _behind(position + 8, size)
+    return delays or [0]
+
+
 def _lossy_size(frame: bytes) -> tuple[int, int]:
     if frame[3:6] != b"\x9d\x01\x2a":
         raise HeaderError("broken WebP: no VP8 start code")

@@ -79,7 +79,7 @@ def probe_image(prefix: bytes | memoryview, total_bytes: int | None = None) -> I
     prefix is needed, `HeaderError` if none would do.
     """
     file = FilePrefix(prefix, total_bytes)
-    _check_size(file)
+    check_size(file)
     image_format = _identify(file)
     try:
         width, height = _PROBES[image_format](file)
@@ -92,7 +92,8 @@ def probe_image(prefix: bytes | memoryview, total_bytes: int | None = None) -> I
     return ImageHeader(image_format, width, height)
 
 
-def _check_size(file: FilePrefix) -> None:
+def check_size(file: FilePrefix) -> None:
+    """HeaderError for a file without bytes, or with fewer than its prefix."""
     if file.total_bytes == 0 and file.num_bytes == 0:
         raise HeaderError("empty file (0 bytes)")
     if file.total_bytes < file.num_bytes:
@@ -108,10 +109,11 @@ def _identify(file: FilePrefix) -> str:
         return "WEBP"
     if len(start) < min(_MAX_MAGIC, file.total_bytes):
         raise file.needs(_MAX_MAGIC)
-    raise HeaderError(f"not a supported image: found {_describe(start)}; supported formats: {_supported()}")
+    raise HeaderError(f"not a supported image: found {describe(start)}; supported formats: {_supported()}")
 
 
-def _describe(start: bytes) -> str:
+def describe(start: bytes) -> str:
+    """What a file that begins like this is, for messages."""
     for offset, magic, name in _UNSUPPORTED:
         if start.startswith(magic, offset):
             return name

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from registry.errors import PlaceholderMismatchError
+from registry.errors import MediaError, PlaceholderMismatchError
 from registry.inputs import ProcessorInputs
-from registry.layout import PlaceholderRange
+from registry.layout import ItemLayout, PlaceholderRange
+from registry.media import MediaInfo
 
 if TYPE_CHECKING:
     from registry.family import ModelFamily
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 def splice_replacements(family: ModelFamily, inputs: ProcessorInputs) -> ProcessorInputs:
     """Expanded ids and ranges; PlaceholderMismatchError naming both numbers if placeholders and items differ."""
     positions = _find_placeholders(family, inputs)
-    layouts = [family.layout(info) for info in inputs.media]
+    layouts = [_layout_of(family, info, index) for index, info in enumerate(inputs.media)]
     expanded: list[int] = []
     ranges: list[PlaceholderRange] = []
     done = 0
@@ -26,6 +27,15 @@ def splice_replacements(family: ModelFamily, inputs: ProcessorInputs) -> Process
         done = position + 1
     expanded += inputs.prompt_token_ids[done:]
     return ProcessorInputs(expanded, inputs.media, ranges, layouts)
+
+
+def _layout_of(family: ModelFamily, info: MediaInfo, index: int) -> ItemLayout:
+    """The item's layout; what the family refuses is named by its place."""
+    try:
+        return family.layout(info)
+    except MediaError as error:
+        error.item_index = index
+        raise
 
 
 def _find_placeholders(family: ModelFamily, inputs: ProcessorInputs) -> list[int]:

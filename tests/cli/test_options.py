@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import wave
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from diptych.cli.both import BothSettings
 from diptych.cli.main import COMMANDS, UsageError, main
 from tests.cli.command import diptych
+from tests.plugins.checkpoints import make_qwen2_audio, make_video_llava
 from tests.tiny_checkpoint import encoded, make_checkpoint, picture
 
 
@@ -185,3 +187,40 @@ def test_a_boot_that_fails_says_why(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert "INVALID_ARGUMENT: " in done.stderr
     assert "is not a checkpoint directory" in done.stderr
+
+
+PLUGIN = ("--plugin", "tests.plugins.qwen2_audio,tests.plugins.video_llava")
+
+
+@pytest.fixture(scope="module")
+def audio_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_qwen2_audio(tmp_path_factory.mktemp("audio"))
+
+
+def test_a_plan_with_audio(capsys: pytest.CaptureFixture[str], audio_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes(bytes(16000))
+    asked = ("plan", "--model", audio_model, *PLUGIN, "--prompt", "a <|AUDIO|>", "--audio", path)
+    code, out, err = call(capsys, *asked)
+    assert (code, err) == (0, "")
+    assert "item 0: audio, tokens 3 to 16 (14, 12 of them features)" in out
+    assert "input_features: float32 [16, 100]" in out
+    code, out, _ = call(capsys, *asked, "--json")
+    assert json.loads(out)["items"][0]["modality"] == "audio"
+
+
+def test_media_keep_the_order_of_their_flags(capsys: pytest.CaptureFixture[str], tmp_path: Path, image: Path) -> None:
+    model, clip = make_video_llava(tmp_path / "model"), tmp_path / "a.gif"
+    frames = [picture(seed=seed) for seed in range(4)]
+    clip.write_bytes(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=50))
+    asked = ("plan", "--model", model, *PLUGIN, "--limit-mm-per-prompt", "image=2", "--json", "--prompt")
+    code, out, _ = call(capsys, *asked, "<image><video><image>", "--image", image, "--video", clip, "--image", image)
+    assert code == 0
+    assert [item["modality"] for item in json.loads(out)["items"]] == ["image", "video", "image"]
+    for flags in ((), ("--chat",)):
+        wrong = ("--video", clip, "--image", image)
+        code, _, err = call(capsys, *asked, "<image> or <video>", *wrong, *flags)
+        assert code == 1
+        assert err.startswith("INVALID_ARGUMENT: placeholder 0 of the prompt is for image, item 0 is video")

@@ -126,3 +126,26 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RequestError) as caught:
         Media.file(tmp_path / "no.png")
     assert (caught.value.code, caught.value.details) == ("NOT_FOUND", {"path": str(tmp_path / "no.png")})
+
+
+FILES = {
+    "a.wav": (b"RIFF\0\0\0\0WAVEfmt ", "audio"),
+    "no-suffix": (b"fLaC\0\0", "audio"),
+    "b.ogg": (b"OggS\0", "audio"),
+    "c.mp4": (b"\0\0\0\x18ftypisom", "video"),
+    "d.png": (b"\0\0\0\x18ftypqt  ", "video"),
+    "e.heic": (b"\0\0\0\x18ftypheic", "image"),
+    "f.gif": (b"GIF89a", "image"),
+    "g.jpg": (b"\xff\xd8\xff", "image"),
+    "h.flac": (b"cut", "audio"),
+    "i.MOV": (b"", "video"),
+    "j.txt": (b"hello", "image"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_find_their_modality(tmp_path, name: str) -> None:
+    data, modality = FILES[name]
+    (tmp_path / name).write_bytes(data)
+    assert Media.file(tmp_path / name).modality == modality
+    assert Media.file(tmp_path / name, "video") == Media(data, modality="video")

@@ -12,6 +12,7 @@ import numpy as np
 from google.rpc import error_details_pb2
 
 from diptych.v1 import executor_pb2, executor_pb2_grpc, tensor_pb2
+from diptych.wire.dtypes import DTYPE_OF_NAME
 from diptych.wire.framing import ItemChunk, encode_request, split_tensor
 from diptych.wire.media import media_info_to_proto, placeholder_to_proto
 from registry import MediaInfo, MediaItem, ProcessorInputs
@@ -60,27 +61,31 @@ class Planner:
         self.family, self.fingerprint = family, fingerprint
 
     def plan(self, text: str = "Look: <image> so?", sizes: tuple[tuple[int, int], ...] = ((60, 80),), **sampling: Any):
-        infos = [MediaInfo.image(*size) for size in sizes]
+        pictures = [MediaItem(MediaInfo.image(*size), fixed_picture(*size)) for size in sizes]
+        return self.plan_items(text, pictures, **sampling)
+
+    def plan_items(self, text: str, media: list[MediaItem], **sampling: Any) -> Planned:
+        """Every item has one tensor."""
         ids = self.family.ctx.tokenizer(text)["input_ids"]
-        inputs = self.family.process(ProcessorInputs(ids, infos))
-        tensors = [self.family.map_item(MediaItem(info, fixed_picture(*info.size)))["pixel_values"] for info in infos]
+        inputs = self.family.process(ProcessorInputs(ids, [item.info for item in media]))
+        mapped = [next(iter(self.family.map_item(item).items())) for item in media]
         items = [
             executor_pb2.MediaItem(
-                info=media_info_to_proto(info), placeholder=placeholder_to_proto(place), tensors=[describe(tensor)]
+                info=media_info_to_proto(item.info), placeholder=placeholder_to_proto(place), tensors=[describe(*named)]
             )
-            for info, place, tensor in zip(infos, inputs.placeholders, tensors, strict=True)
+            for item, place, named in zip(media, inputs.placeholders, mapped, strict=True)
         ]
         params = tensor_pb2.SamplingParams(**{"max_tokens": 8, "temperature": 0, "ignore_eos": True, **sampling})
         start = executor_pb2.Start(
             request_id="test", fingerprint=self.fingerprint, prompt_token_ids=inputs.prompt_token_ids,
             items=items, sampling=params,
         )  # fmt: skip
-        return Planned(start, tensors)
+        return Planned(start, [tensor for _, tensor in mapped])
 
 
-def describe(tensor: np.ndarray) -> tensor_pb2.Tensor:
+def describe(name: str, tensor: np.ndarray) -> tensor_pb2.Tensor:
     payload = tensor_pb2.ChunkedPayload(total_bytes=tensor.nbytes)
-    return tensor_pb2.Tensor(name="pixel_values", dtype=tensor_pb2.D_TYPE_UINT8, shape=tensor.shape, chunks=payload)
+    return tensor_pb2.Tensor(name=name, dtype=DTYPE_OF_NAME[tensor.dtype.name], shape=tensor.shape, chunks=payload)
 
 
 class Peer:

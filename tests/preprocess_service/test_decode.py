@@ -73,7 +73,7 @@ def test_animations_give_their_first_frame(image_format: str) -> None:
 def test_cut_off_files(image_format: str) -> None:
     data = encoded(picture(60, 80), image_format)
     item = planned(data)
-    cut = PlannedItem(item.info, item.layout, item.placeholder, item.image_format, None, data[: len(data) // 2])
+    cut = PlannedItem(item.info, item.layout, item.placeholder, item.file_format, None, data[: len(data) // 2])
     with pytest.raises(InvalidInputError, match=f"item 3: the {image_format} image cannot be decoded") as caught:
         decode_image(cut, 3)
     assert (caught.value.stage, caught.value.item) == ("decode", 3)

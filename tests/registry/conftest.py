@@ -12,6 +12,7 @@ from registry import InputContext, MediaLimits
 from registry.families import bind_family
 from registry.family import ModelFamily
 from tests.checkpoints import Checkpoints, make_llava_checkpoint, processor_config, write_json
+from tests.plugins.checkpoints import make_qwen2_audio, make_video_llava
 
 MakeFamily = Callable[..., ModelFamily]
 
@@ -43,3 +44,13 @@ def changed_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def audio_ctx(tmp_path_factory) -> InputContext:
+    return InputContext.from_checkpoint(make_qwen2_audio(tmp_path_factory.mktemp("audio")), MediaLimits({"audio": 2}))
+
+
+@pytest.fixture(scope="session")
+def video_ctx(tmp_path_factory) -> InputContext:
+    return InputContext.from_checkpoint(make_video_llava(tmp_path_factory.mktemp("video")), MediaLimits({"video": 2}))

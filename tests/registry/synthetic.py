@@ -70,6 +70,19 @@ def make_class(**hooks: Any) -> type[Toy]:
     return cls
 
 
+def make_class_of(modality: str, **hooks: Any) -> type[Toy]:
+    """A family with these hooks for one modality: layout, mapper, max_tokens."""
+    cls = type("Toy", (Toy,), {})
+    register = {
+        "layout": MULTIMODAL_REGISTRY.register_item_layout,
+        "mapper": MULTIMODAL_REGISTRY.register_input_mapper,
+        "max_tokens": MULTIMODAL_REGISTRY.register_max_multimodal_tokens,
+    }
+    for name, hook in hooks.items():
+        register[name](modality, hook)(cls)
+    return cls
+
+
 def make_family(ctx: InputContext, **hooks: Any) -> ModelFamily:
     """A family with the layout and mapper above, unless `hooks` say otherwise; LEFT_OUT leaves one out."""
     merged = {"layout": layout, "mapper": map_item, **hooks}

@@ -13,7 +13,6 @@ from registry import (
     DummyData,
     ItemLayout,
     MediaInfo,
-    MediaItem,
     MediaLimits,
     PlaceholderRange,
     ProcessorInputs,
@@ -130,15 +129,6 @@ def test_one_keyword_for_two_modalities(ctx) -> None:
     message = "Toy: both image and video items emit pixels; a keyword belongs to one modality"
     with pytest.raises(InvalidHookError, match=exactly(message)):
         family.layout(MediaInfo("video", height=4, width=5, num_frames=2))
-
-
-@pytest.mark.parametrize("modality", ["video", "audio"])
-def test_no_default_mapper(ctx, modality: str) -> None:
-    cls = make_class()
-    MULTIMODAL_REGISTRY.register_item_layout(modality, lambda ctx, media: ItemLayout((Run(8, 1),), {}))(cls)
-    message = f"there is no default input mapper for modality '{modality}'; register one"
-    with pytest.raises(MissingHookError, match=message):
-        ModelFamily(cls, ctx).map_item(MediaItem(MediaInfo(modality), None))
 
 
 # --- layouts and maxima ---------------------------------------------------------------------------

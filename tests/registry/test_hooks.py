@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from registry import INPUT_REGISTRY, MULTIMODAL_REGISTRY, DummyData, ItemLayout, ProcessorInputs, Run, TensorSpec
+from registry import (
+    INPUT_REGISTRY,
+    MULTIMODAL_REGISTRY,
+    DummyData,
+    ItemLayout,
+    PlaceholderRange,
+    ProcessorInputs,
+    Run,
+    TensorSpec,
+)
 from registry.errors import MissingHookError, UnknownModalityError
 from registry.family import ModelFamily
 from registry.hooks import hooks_of
@@ -43,7 +52,7 @@ def test_every_argument_is_used(ctx) -> None:
 
     def processor(given, inputs):
         calls.append(("processor", given, list(inputs.prompt_token_ids)))
-        return ProcessorInputs([*inputs.prompt_token_ids, 5], inputs.media)
+        return ProcessorInputs([*inputs.prompt_token_ids, 5], inputs.media, [PlaceholderRange(0, 1)])
 
     def max_tokens(given):
         calls.append(("max", given))

@@ -8,11 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from registry import MULTIMODAL_REGISTRY, InputContext, ItemLayout, MediaInfo, MediaLimits, Run, TensorSpec
+from registry import InputContext, ItemLayout, MediaInfo, MediaLimits, Run, TensorSpec
 from registry.defaults.max_tokens import candidate_sides, find_largest_image
-from registry.errors import MissingHookError
-from registry.family import ModelFamily
-from tests.registry.synthetic import layout, make_class, make_family
+from tests.registry.synthetic import layout, make_family
 
 Count = Callable[[int, int], int]
 PINPOINTS = [(24, 48), (48, 24), (48, 48), (72, 24), (24, 72)]
@@ -117,15 +115,6 @@ def test_candidate_sides(ctx) -> None:
 def test_ties_go_to_the_smallest_image(ctx) -> None:
     found = find_largest_image(ctx, lambda info: ItemLayout((Run(3, 5),), {}), lambda item: (item.num_tokens,))
     assert found.size == (1, 1)
-
-
-def test_other_modalities_need_a_number(ctx) -> None:
-    cls = make_class()
-    MULTIMODAL_REGISTRY.register_video_layout(lambda ctx, media: ItemLayout((Run(8, 4),), {}))(cls)
-    with pytest.raises(MissingHookError, match="the maximum video tokens cannot be searched for; register a number or"):
-        ModelFamily(cls, ctx).max_tokens("video")
-    MULTIMODAL_REGISTRY.register_max_video_tokens(64)(cls)
-    assert ModelFamily(cls, ctx).max_tokens("video") == 64
 
 
 # --- dummy data -----------------------------------------------------------------------------------
