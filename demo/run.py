@@ -30,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pictures", type=int, default=20, help="how many held-out pictures to show (default 20)")
     parser.add_argument("--model", type=Path, default=DEMO / "model", help="checkpoint directory to serve")
     options = parser.parse_args(argv)
+    # Ended by a terminal or a supervisor, the services must not outlive the demo either.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     try:
         with serve(options.model) as address, grpc.insecure_channel(address) as channel:
             show(preprocess_pb2_grpc.PreprocessServiceStub(channel), options.pictures)
@@ -37,6 +40,10 @@ def main(argv: list[str] | None = None) -> int:
         print("\nstopped")
         return 130
     return 0
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -98,7 +98,8 @@ class Peer:
             request_serializer=encode_request,
             response_deserializer=executor_pb2.ExecuteResponse.FromString,
         )
-        self.call = method(self._requests())
+        # A deadline of the whole stream, so that an answer that never comes fails the test instead of hanging it.
+        self.call = method(self._requests(), timeout=60)
         self.answers: dict[int, Answer] = {}
 
     def __enter__(self) -> Peer:

@@ -117,15 +117,17 @@ def test_logprobs(served, reference) -> None:
         assert len(entry.top) == 3
 
 
-def test_stop_strings_cut_text_tokens_and_work(served) -> None:
+def test_stop_strings_cut_text_tokens_and_work(served, reference) -> None:
     request = prompt_request("stop me", [], max_tokens=40)
     tokens, text, _ = collect(served.stub, request)
     stop = text[len(text) // 2 : len(text) // 2 + 2]
     cut_tokens, cut_text, final = collect(served.stub, prompt_request("stop me", [], stop=(stop,), max_tokens=40))
     assert cut_text == text[: text.index(stop)]
     assert final.stop == stop
-    assert cut_tokens == tokens[: len(cut_tokens)]
-    assert len(cut_tokens) < len(tokens)
+    decode = reference.tokenizer.decode
+    completing = next(n for n in range(1, len(tokens) + 1) if stop in decode(tokens[:n], skip_special_tokens=True))
+    assert cut_tokens == tokens[:completing]
+    assert completing < len(tokens)
     assert final.usage.completion_tokens == len(cut_tokens)
 
 
