@@ -58,6 +58,7 @@ class Scheduler:
         self.max_num_encoder_tokens = max_num_encoder_tokens
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.num_preemptions = 0
 
     @property
     def has_work(self) -> bool:
@@ -101,6 +102,7 @@ class Scheduler:
             victim = self.running.pop()
             self._preempt(victim)
             batch.num_preempted += 1
+            self.num_preemptions += 1
             if victim is request:
                 return False
         return True

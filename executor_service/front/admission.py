@@ -10,6 +10,7 @@ import secrets
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -28,6 +29,16 @@ from executor_service.front.claims import STAGE, attest_tensors, bound_tensors
 from registry import ItemLayout, MediaInfo, PlaceholderRange, TensorSpec
 from registry.errors import MediaError, RegistryError
 from registry.family import ModelFamily
+
+MAX_REQUEST_ID_LENGTH: Final = 128
+DIGEST_BYTES: Final = 32
+_FACTS: Final = {
+    "image": ("height", "width"),
+    "video": ("height", "width", "num_frames", "frame_rate"),
+    "audio": ("num_samples", "sample_rate"),
+}
+"""What a header says, by modality."""
+_ALL_FACTS: Final = frozenset(name for names in _FACTS.values() for name in names)
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,7 @@ class Admission:
         """The request, or the DiptychError it is refused with."""
         self._check_fingerprint(start.fingerprint)
         _check_served_fields(start)
+        _check_request_id(start.request_id)
         token_ids = np.fromiter(start.prompt_token_ids, dtype=np.int64, count=len(start.prompt_token_ids))
         self._check_length(len(token_ids))
         items = self._attest_items(start.items, token_ids)
@@ -122,6 +134,7 @@ class Admission:
         self, index: int, message: executor_pb2.MediaItem, token_ids: np.ndarray, earliest: int
     ) -> AdmittedItem:
         info = self._check_info(index, message.info)
+        _check_digest(index, message)
         placeholder = _check_range(index, message.placeholder, earliest, len(token_ids))
         claimed = token_ids[placeholder.offset : placeholder.end].tolist()
         if not self._family.has_layout(info.modality):
@@ -239,6 +252,16 @@ class Admission:
         )
 
 
+def _check_request_id(request_id: str) -> None:
+    if len(request_id) > MAX_REQUEST_ID_LENGTH:
+        raise LimitExceededError(
+            f"request_id has {len(request_id)} characters; at most {MAX_REQUEST_ID_LENGTH} are allowed",
+            stage="admit",
+            limit=MAX_REQUEST_ID_LENGTH,
+            actual=len(request_id),
+        )
+
+
 def _check_served_fields(start: executor_pb2.Start) -> None:
     for name, is_set in (("output_token_ids", bool(start.output_token_ids)), ("priority", start.HasField("priority"))):
         if is_set:
@@ -260,10 +283,28 @@ def _check_range(index: int, message: tensor_pb2.PlaceholderRange, earliest: int
 
 
 def _check_facts(index: int, info: MediaInfo) -> None:
-    """Every fact of the modality is there and above zero."""
-    names = {"image": ("height", "width"), "video": ("height", "width", "num_frames", "frame_rate")}
-    for name in names.get(info.modality, ("num_samples", "sample_rate")):
+    """Every fact of the modality is there and above zero, and none of another modality."""
+    names = _FACTS[info.modality]
+    for name in names:
         value = getattr(info, name)
         if not value or not 0 < value < float("inf"):
             what = name if info.modality != "image" else "height or width"
             raise InvalidInputError(f"item {index} lacks its {what}", stage=STAGE, item=index)
+    for name in _ALL_FACTS - set(names):
+        if getattr(info, name) is not None:
+            raise InvalidInputError(
+                f"item {index} claims {name} {getattr(info, name):g}, which {info.modality} items do not have",
+                stage=STAGE,
+                item=index,
+            )
+
+
+def _check_digest(index: int, message: executor_pb2.MediaItem) -> None:
+    if message.HasField("media_digest") and len(message.media_digest) != DIGEST_BYTES:
+        raise InvalidInputError(
+            f"item {index} has a media digest of {len(message.media_digest)} bytes; it must have {DIGEST_BYTES}",
+            stage=STAGE,
+            item=index,
+            limit=DIGEST_BYTES,
+            actual=len(message.media_digest),
+        )

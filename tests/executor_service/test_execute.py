@@ -146,6 +146,18 @@ LIES = {
     "penalty": (lambda s: setattr(s.sampling, "presence_penalty", 1), "UNIMPLEMENTED", "admit", "presence_penalty"),
     "resumption": (lambda s: s.output_token_ids.append(1), "UNIMPLEMENTED", "admit", "output_token_ids"),
     "priority": (lambda s: setattr(s, "priority", 0), "UNIMPLEMENTED", "admit", "priority"),
+    "request id": (
+        lambda s: setattr(s, "request_id", "x" * 129), "INVALID_ARGUMENT", "admit", "129 characters; at most 128",
+    ),
+    "frames of an image": (
+        lambda s: setattr(s.items[0].info, "num_frames", 7), "INVALID_ARGUMENT", "attest", "claims num_frames 7",
+    ),
+    "rate of an image": (
+        lambda s: setattr(s.items[0].info, "sample_rate", 0), "INVALID_ARGUMENT", "attest", "claims sample_rate 0",
+    ),
+    "digest": (
+        lambda s: setattr(s.items[0], "media_digest", b"x" * 31), "INVALID_ARGUMENT", "attest", "digest of 31 bytes",
+    ),
 }  # fmt: skip
 
 

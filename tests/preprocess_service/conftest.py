@@ -44,7 +44,7 @@ def defaults(request: pytest.FixtureRequest) -> None:
     if "executor" in request.fixturenames:
         one: StandInExecutor = request.getfixturevalue("executor")
         fresh = StandInExecutor(one.fingerprint)
-        for name in ("script", "refusal", "finish_reason", "window", "delay", "accepting"):
+        for name in ("script", "refusal", "finish_reason", "window", "delay", "accepting", "num_running"):
             setattr(one, name, getattr(fresh, name))
         one.requests.clear()
         one.order.clear()
