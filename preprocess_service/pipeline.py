@@ -129,15 +129,15 @@ class Pipeline:
 
     async def _answer(self, call: GenerateCall, plan: Plan, remote: RemoteRequest) -> AsyncIterator[Delta | Ended]:
         answer = Answer(self._checkpoint.tokenizer, call.stop, plan)
-        sender: asyncio.Task[None] | None = None
-        timer = remote.fail_after(call.deadline.time_left, lambda: _late(sender))
+        senders: list[asyncio.Task[None]] = []
+        timer = remote.fail_after(call.deadline.time_left, lambda: _late(senders))
         try:
             while True:
                 delta = Delta()
                 ended: Ended | None = None
                 for event in await remote.next_events():
                     if isinstance(event, MissingItems):
-                        sender = asyncio.create_task(self._send_items(event.indices, plan, remote, answer))
+                        senders.append(asyncio.create_task(self._send_items(event.indices, plan, remote, answer)))
                     elif isinstance(event, TokenOutput):
                         answer.add(event.token_id, event.logprobs, delta)
                         if answer.is_stopped:
@@ -152,7 +152,7 @@ class Pipeline:
                     yield ended
                     return
         finally:
-            if sender is not None:
+            for sender in senders:
                 sender.cancel()
             if timer is not None:
                 timer.cancel()
@@ -208,8 +208,8 @@ def _too_many(what: str, actual: int, limit: int) -> LimitExceededError:
     )
 
 
-def _late(sender: asyncio.Task[None] | None) -> DiptychError:
-    stage = "generate" if sender is None or sender.done() else "decode"
+def _late(senders: Sequence[asyncio.Task[None]]) -> DiptychError:
+    stage = "generate" if all(sender.done() for sender in senders) else "decode"
     return DeadlineError(f"the deadline passed in stage {stage!r}", stage=stage)
 
 
