@@ -150,7 +150,9 @@ LIES = {
         "INVALID_ARGUMENT", "admit", "output_token_ids[1] is 9, which ends an answer",
     ),
     "whole output": (lambda s: s.output_token_ids.extend([9] * 8), "INVALID_ARGUMENT", "admit", "at most 8"),
-    "media digest": (lambda s: setattr(s.items[0], "media_digest", b"x"), "INVALID_ARGUMENT", "attest", "SHA-256 has 32"),
+    "media digest": (
+        lambda s: setattr(s.items[0], "media_digest", b"x"), "INVALID_ARGUMENT", "attest", "SHA-256 has 32",
+    ),
     "inline bytes": (set_tensor(data=b"x" * 17), "INVALID_ARGUMENT", "attest", "has 17 bytes"),
 }  # fmt: skip
 
