@@ -18,7 +18,6 @@ from diptych.service.errors import (
     DiptychError,
     InternalError,
     InvalidInputError,
-    LimitExceededError,
     OverloadedError,
     UnavailableError,
 )
@@ -27,17 +26,18 @@ from preprocess_service.answer import Answer
 from preprocess_service.executor_client import Completed, ExecutorPool, RemoteRequest, TokenOutput
 from preprocess_service.executor_client.messages import make_start
 from preprocess_service.executor_client.request import MissingItems
+from preprocess_service.limits import MAX_REQUEST_ID_LENGTH, check_count, check_text_size, num_text_bytes
 from preprocess_service.media.decode import MediaWorkers
 from preprocess_service.planning import Checkpoint, Planner
 from preprocess_service.requests import Chat, Deadline, Delta, Ended, GenerateCall, Media, MediaHeader, Plan, Prompt
 
 LOG = logging.getLogger("diptych.preprocess")
 RETRY_AFTER: Final = 0.5
-MAX_STOP_STRINGS: Final = 16
-MAX_STOP_LENGTH: Final = 256
-MAX_REQUEST_ID_LENGTH: Final = 128
-INLINE_PLAN_BYTES: Final = 128 * 1024
-"""Requests up to this size are planned on the event loop; a thread would cost more than the planning."""
+INLINE_TEXT: Final = 16 * 1024
+"""Texts up to so many characters are tokenized on the event loop; a thread would cost more than the work."""
+INLINE_MEDIA_BYTES: Final = 128 * 1024
+INLINE_PARTS: Final = 64
+INLINE_IDS: Final = 4096
 
 
 class Pipeline:
@@ -77,6 +77,23 @@ class Pipeline:
         with self._admit():
             return await self._plan(prompt, deadline, self._planner.plan)
 
+    async def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text."""
+        with self._admit():
+            check_text_size("the text", num_text_bytes(text), self._planner.max_prompt_bytes)
+            encode = self._checkpoint.tokenizer.encode
+            if len(text) <= INLINE_TEXT:
+                return encode(text, add_special_tokens)
+            return await asyncio.to_thread(encode, text, add_special_tokens)
+
+    async def detokenize(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        """The text of token ids."""
+        with self._admit():
+            decode = self._checkpoint.tokenizer.decode
+            if len(token_ids) <= INLINE_IDS:
+                return decode(token_ids, skip_special_tokens)
+            return await asyncio.to_thread(decode, token_ids, skip_special_tokens)
+
     async def drain(self, grace: float) -> None:
         """Refuse new requests; returns when the last one has ended, or after `grace` seconds."""
         self._is_draining = True
@@ -112,7 +129,7 @@ class Pipeline:
         self, prompt: Prompt | Chat, deadline: Deadline, make_plan: Callable[[Prompt | Chat], Plan]
     ) -> Plan:
         deadline.check("plan")
-        if _size_of(prompt) <= INLINE_PLAN_BYTES:
+        if _is_small(prompt):
             return make_plan(prompt)
         return await asyncio.to_thread(make_plan, prompt)
 
@@ -184,15 +201,7 @@ class Pipeline:
 def check_call(call: GenerateCall, vocab_size: int) -> None:
     """What can be refused without looking at the input."""
     check_sampling(call.sampling, vocab_size=vocab_size)
-    if len(call.request_id) > MAX_REQUEST_ID_LENGTH:
-        raise _too_many("request_id has {} characters", len(call.request_id), MAX_REQUEST_ID_LENGTH)
-    if len(call.stop) > MAX_STOP_STRINGS:
-        raise _too_many("stop has {} strings", len(call.stop), MAX_STOP_STRINGS)
-    for text in call.stop:
-        if not text:
-            raise InvalidInputError("a stop string is empty", stage="admit", limit=1, actual=0, field="stop")
-        if len(text) > MAX_STOP_LENGTH:
-            raise _too_many("a stop string has {} characters", len(text), MAX_STOP_LENGTH)
+    check_count("request_id has {} characters", len(call.request_id), MAX_REQUEST_ID_LENGTH)
     for index, media in enumerate(call.input.media):
         if isinstance(media.source, MediaHeader):
             raise InvalidInputError(
@@ -202,24 +211,20 @@ def check_call(call: GenerateCall, vocab_size: int) -> None:
             )
 
 
-def _too_many(what: str, actual: int, limit: int) -> LimitExceededError:
-    return LimitExceededError(
-        f"{what.format(actual)}; at most {limit} are allowed", stage="admit", limit=limit, actual=actual
-    )
-
-
 def _late(senders: Sequence[asyncio.Task[None]]) -> DiptychError:
     stage = "generate" if all(sender.done() for sender in senders) else "decode"
     return DeadlineError(f"the deadline passed in stage {stage!r}", stage=stage)
 
 
-def _size_of(prompt: Prompt | Chat) -> int:
-    """Bytes of text and media, roughly: what planning has to look at."""
+def _is_small(prompt: Prompt | Chat) -> bool:
+    """Whether planning takes so little that nobody notices it on the event loop."""
     if isinstance(prompt, Prompt):
-        texts = len(prompt.text)
+        num_parts, num_characters = 1, len(prompt.text)
     else:
-        texts = sum(len(part) for message in prompt.messages for part in message.parts if isinstance(part, str))
-    return texts + sum(_media_size(media) for media in prompt.media)
+        num_parts = sum(1 + len(message.parts) for message in prompt.messages)
+        num_characters = sum(map(len, prompt.texts))
+    num_media_bytes = sum(_media_size(media) for media in prompt.media)
+    return num_parts <= INLINE_PARTS and num_characters <= INLINE_TEXT and num_media_bytes <= INLINE_MEDIA_BYTES
 
 
 def _media_size(media: Media) -> int:

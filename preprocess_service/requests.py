@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -59,6 +59,13 @@ class Chat:
     """A conversation."""
 
     messages: tuple[ChatMessage, ...]
+
+    @property
+    def texts(self) -> Iterator[str]:
+        """Everything the client wrote: roles and texts."""
+        for message in self.messages:
+            yield message.role
+            yield from (part for part in message.parts if isinstance(part, str))
 
     @property
     def media(self) -> tuple[Media, ...]:

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import AsyncIterator, Iterable
 from typing import Any, Final
 
 from diptych.service.errors import InvalidInputError, LimitExceededError, NotFoundError, UnimplementedError
 from diptych.v1 import preprocess_pb2
-from diptych.wire.dtypes import DTYPE_OF_NAME, NAME_OF_MODALITY
+from diptych.wire.dtypes import DTYPE_OF_NAME
 from diptych.wire.media import media_info_to_proto, placeholder_to_proto
 from preprocess_service.executor_client import ExecutorPool
-from preprocess_service.pipeline import INLINE_PLAN_BYTES, Pipeline
+from preprocess_service.limits import MAX_DETOKENIZED, check_count, check_stop
+from preprocess_service.pipeline import Pipeline
 from preprocess_service.planning import Checkpoint
-from preprocess_service.requests import (
-    Chat,
-    ChatMessage,
-    Deadline,
-    Delta,
-    Ended,
-    GenerateCall,
-    Media,
-    MediaHeader,
-    Plan,
-    PlannedItem,
-    Prompt,
-)
+from preprocess_service.reading import read_input
+from preprocess_service.requests import Chat, Deadline, Delta, Ended, GenerateCall, Plan, PlannedItem, Prompt
 
 MAX_ANSWERS: Final = 128
 
@@ -46,8 +35,9 @@ class PreprocessServicer:
         """Stream the answer."""
         self._check_model(request)
         check_served_fields(request)
+        check_stop(request.stop)
         call = GenerateCall(
-            input=read_input(request),
+            input=self._read_input(request),
             request_id=request.request_id or secrets.token_hex(8),
             sampling=request.sampling,
             stop=tuple(request.stop),
@@ -64,7 +54,8 @@ class PreprocessServicer:
     async def Plan(self, request: preprocess_pb2.PlanRequest, context: Any) -> preprocess_pb2.PlanResponse:  # noqa: N802
         """Plan from headers."""
         self._check_model(request)
-        return plan_response(await self._pipeline.plan(read_input(request), Deadline.after(context.time_remaining())))
+        deadline = Deadline.after(context.time_remaining())
+        return plan_response(await self._pipeline.plan(self._read_input(request), deadline))
 
     async def Process(  # noqa: N802
         self, request: preprocess_pb2.ProcessRequest, context: Any
@@ -79,16 +70,14 @@ class PreprocessServicer:
         """Token ids of a text."""
         self._check_model(request)
         adds = request.add_special_tokens if request.HasField("add_special_tokens") else True
-        encode = self._checkpoint.tokenizer.encode
-        if len(request.text) <= INLINE_PLAN_BYTES:
-            return preprocess_pb2.TokenizeResponse(token_ids=encode(request.text, adds))
-        return preprocess_pb2.TokenizeResponse(token_ids=await asyncio.to_thread(encode, request.text, adds))
+        return preprocess_pb2.TokenizeResponse(token_ids=await self._pipeline.tokenize(request.text, adds))
 
     async def Detokenize(  # noqa: N802
         self, request: preprocess_pb2.DetokenizeRequest, context: Any
     ) -> preprocess_pb2.DetokenizeResponse:
         """The text of token ids."""
         self._check_model(request)
+        check_count("token_ids has {} ids", len(request.token_ids), MAX_DETOKENIZED)
         vocab_size = self._checkpoint.family.ctx.vocab_size
         if (largest := max(request.token_ids, default=0)) >= vocab_size:
             raise InvalidInputError(
@@ -98,7 +87,8 @@ class PreprocessServicer:
                 actual=largest,
             )
         skips = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-        return preprocess_pb2.DetokenizeResponse(text=self._checkpoint.tokenizer.decode(request.token_ids, skips))
+        text = await self._pipeline.detokenize(list(request.token_ids), skips)
+        return preprocess_pb2.DetokenizeResponse(text=text)
 
     async def ListModels(  # noqa: N802
         self, request: preprocess_pb2.ListModelsRequest, context: Any
@@ -117,6 +107,9 @@ class PreprocessServicer:
             num_ready_executors=len(self._executors.ready),
         )
         return preprocess_pb2.ListModelsResponse(models=[model])
+
+    def _read_input(self, request: Any) -> Prompt | Chat:
+        return read_input(request, self._executors.limits.max_items(self._checkpoint.family.modalities))
 
     def _check_model(self, request: Any) -> None:
         if request.HasField("model") and request.model != self._model_name:
@@ -146,48 +139,6 @@ def _check_n(n: int) -> None:
         )
     if n > 1:
         raise UnimplementedError(f"n is {n}; more than one answer is not served yet", stage="admit", field="n")
-
-
-def read_input(request: Any) -> Prompt | Chat:
-    """The prompt or conversation of a request."""
-    kind = request.WhichOneof("input")
-    if kind == "prompt":
-        media = (_read_media(item, index) for index, item in enumerate(request.prompt.media))
-        return Prompt(request.prompt.text, tuple(media))
-    if kind == "chat":
-        return _read_chat(request.chat.messages)
-    raise InvalidInputError("neither a prompt nor a chat is given", stage="admit", field="input")
-
-
-def _read_chat(messages: Iterable[preprocess_pb2.ChatMessage]) -> Chat:
-    turns, num_items = [], 0
-    for message in messages:
-        parts: list[str | Media] = []
-        for part in message.parts:
-            kind = part.WhichOneof("part")
-            if kind is None:
-                raise InvalidInputError("a chat part is neither text nor media", stage="admit", field="parts")
-            if kind == "media":
-                parts.append(_read_media(part.media, num_items))
-                num_items += 1
-            else:
-                parts.append(part.text)
-        turns.append(ChatMessage(message.role, tuple(parts)))
-    return Chat(tuple(turns))
-
-
-def _read_media(media: preprocess_pb2.Media, item: int) -> Media:
-    modality = NAME_OF_MODALITY.get(media.modality)
-    if modality is None:
-        raise InvalidInputError(f"item {item} has no modality", stage="admit", item=item, field="modality")
-    kind = media.WhichOneof("source")
-    if kind == "data":
-        return Media(modality, media.data)
-    if kind == "url":
-        return Media(modality, media.url)
-    if kind == "header":
-        return Media(modality, MediaHeader(media.header.prefix, media.header.total_bytes))
-    raise InvalidInputError(f"item {item} has neither data nor a URL", stage="admit", item=item, field="source")
 
 
 def generate_response(piece: Delta | Ended) -> preprocess_pb2.GenerateResponse:
