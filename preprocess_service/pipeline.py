@@ -24,9 +24,10 @@ from diptych.service.errors import (
 )
 from diptych.service.sampling import check_sampling
 from preprocess_service.answer import Answer
+from preprocess_service.bad_words import MAX_BAD_WORD_LENGTH, MAX_BAD_WORDS, with_bad_words
 from preprocess_service.executor_client import Completed, ExecutorPool, RemoteRequest, TokenOutput
 from preprocess_service.executor_client.messages import make_start
-from preprocess_service.executor_client.request import MissingItems
+from preprocess_service.executor_client.request import MissingItems, PromptScores
 from preprocess_service.media.decode import MediaWorkers
 from preprocess_service.planning import Checkpoint, Planner
 from preprocess_service.requests import Chat, Deadline, Delta, Ended, GenerateCall, Media, MediaHeader, Plan, Prompt
@@ -65,6 +66,7 @@ class Pipeline:
         """The answer in pieces, and its end."""
         with self._admit():
             check_call(call, self._checkpoint.family.ctx.vocab_size)
+            call = with_bad_words(call, self._checkpoint)
             plan = await self._map_ahead(await self._plan(call.input, call.deadline, self._planner.prepare))
             call.deadline.check("start")
             start = make_start(call, plan, self._checkpoint.fingerprint.digest)
@@ -128,7 +130,7 @@ class Pipeline:
     # --- decode, map, stream, detokenize ----------------------------------------------------------
 
     async def _answer(self, call: GenerateCall, plan: Plan, remote: RemoteRequest) -> AsyncIterator[Delta | Ended]:
-        answer = Answer(self._checkpoint.tokenizer, call.stop, plan)
+        answer = Answer(self._checkpoint.tokenizer, call.stop, plan, call.sampling.min_tokens)
         sender: asyncio.Task[None] | None = None
         timer = remote.fail_after(call.deadline.time_left, lambda: _late(sender))
         try:
@@ -138,6 +140,8 @@ class Pipeline:
                 for event in await remote.next_events():
                     if isinstance(event, MissingItems):
                         sender = asyncio.create_task(self._send_items(event.indices, plan, remote, answer))
+                    elif isinstance(event, PromptScores):
+                        delta.prompt_logprobs += event.logprobs
                     elif isinstance(event, TokenOutput):
                         answer.add(event.token_id, event.logprobs, delta)
                         if answer.is_stopped:
@@ -146,7 +150,7 @@ class Pipeline:
                             break
                     elif isinstance(event, Completed):
                         ended = answer.complete(event.completion)
-                if delta.token_ids:
+                if delta.token_ids or delta.prompt_logprobs:
                     yield delta
                 if ended is not None:
                     yield ended
@@ -193,6 +197,13 @@ def check_call(call: GenerateCall, vocab_size: int) -> None:
             raise InvalidInputError("a stop string is empty", stage="admit", limit=1, actual=0, field="stop")
         if len(text) > MAX_STOP_LENGTH:
             raise _too_many("a stop string has {} characters", len(text), MAX_STOP_LENGTH)
+    if len(call.bad_words) > MAX_BAD_WORDS:
+        raise _too_many("bad_words has {} words", len(call.bad_words), MAX_BAD_WORDS)
+    for word in call.bad_words:
+        if not word:
+            raise InvalidInputError("a bad word is empty", stage="admit", limit=1, actual=0, field="bad_words")
+        if len(word) > MAX_BAD_WORD_LENGTH:
+            raise _too_many("a bad word has {} characters", len(word), MAX_BAD_WORD_LENGTH)
     for index, media in enumerate(call.input.media):
         if isinstance(media.source, MediaHeader):
             raise InvalidInputError(

@@ -51,6 +51,7 @@ class PreprocessServicer:
             request_id=request.request_id or secrets.token_hex(8),
             sampling=request.sampling,
             stop=tuple(request.stop),
+            bad_words=tuple(request.bad_words),
             deadline=Deadline.after(context.time_remaining()),
             traceparent=_traceparent(context),
         )
@@ -194,7 +195,11 @@ def generate_response(piece: Delta | Ended) -> preprocess_pb2.GenerateResponse:
     """A piece of an answer as a message."""
     if isinstance(piece, Delta):
         return preprocess_pb2.GenerateResponse(
-            index=0, text=piece.text, token_ids=piece.token_ids, logprobs=piece.logprobs
+            index=0,
+            text=piece.text,
+            token_ids=piece.token_ids,
+            logprobs=piece.logprobs,
+            prompt_logprobs=piece.prompt_logprobs,
         )
     final = preprocess_pb2.GenerateFinal(
         finish_reason=piece.finish_reason, usage=piece.usage, times=piece.times, stop=piece.stop

@@ -77,6 +77,7 @@ class Engine:
 
     def _retire(self, request: Request) -> Request:
         self.scheduler.remove(request)
+        self.runner.sampler.release(request.request_id)
         del self._requests[request.request_id]
         return request
 
@@ -91,6 +92,7 @@ class Engine:
             logprobs=logprobs,
             finished=[_finished(request) for request in (*aborted, *ended)],
             load=self.load,
+            prompt_logprobs=[(request.request_id, entries) for request, entries in output.prompt_logprobs],
         )
 
 

@@ -53,6 +53,9 @@ class Outlet(Protocol):
     def put_token(self, handle: int, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """An output token; sent with the others of this step at the next `flush`."""
 
+    def put_prompt_logprobs(self, handle: int, entries: list[TokenLogprobs]) -> None:
+        """Log probabilities of the next prompt tokens, at once: before the tokens of the step."""
+
     def put(self, response: executor_pb2.ExecuteResponse) -> None:
         """A control message, at once."""
 
@@ -272,6 +275,9 @@ class Front:
 
     def _on_step(self, report: StepReport) -> None:
         """Give every stream its share of the step, in one message each."""
+        for number, entries in report.prompt_logprobs:
+            if (request := self._requests[number]).error is None:
+                request.outlet.put_prompt_logprobs(request.handle, entries)
         logprobs = dict(report.logprobs)
         touched: dict[Outlet, None] = {}
         for index, (number, token_id) in enumerate(zip(report.request_ids, report.token_ids, strict=True)):
