@@ -23,9 +23,10 @@ from diptych.service.errors import (
 )
 from diptych.service.sampling import check_sampling
 from preprocess_service.answer import Answer
+from preprocess_service.bad_words import with_bad_words
 from preprocess_service.executor_client import Completed, ExecutorPool, RemoteRequest, TokenOutput
 from preprocess_service.executor_client.messages import make_start
-from preprocess_service.executor_client.request import MissingItems
+from preprocess_service.executor_client.request import MissingItems, PromptScores
 from preprocess_service.limits import MAX_REQUEST_ID_LENGTH, check_count, check_text_size, num_text_bytes
 from preprocess_service.media.decode import MediaWorkers
 from preprocess_service.planning import Checkpoint, Planner
@@ -65,6 +66,7 @@ class Pipeline:
         """The answer in pieces, and its end."""
         with self._admit():
             check_call(call, self._checkpoint.family.ctx.vocab_size)
+            call = with_bad_words(call, self._checkpoint)
             plan = await self._map_ahead(await self._plan(call.input, call.deadline, self._planner.prepare))
             call.deadline.check("start")
             start = make_start(call, plan, self._checkpoint.fingerprint.digest)
@@ -145,7 +147,7 @@ class Pipeline:
     # --- decode, map, stream, detokenize ----------------------------------------------------------
 
     async def _answer(self, call: GenerateCall, plan: Plan, remote: RemoteRequest) -> AsyncIterator[Delta | Ended]:
-        answer = Answer(self._checkpoint.tokenizer, call.stop, plan)
+        answer = Answer(self._checkpoint.tokenizer, call.stop, plan, call.sampling.min_tokens)
         senders: list[asyncio.Task[None]] = []
         timer = remote.fail_after(call.deadline.time_left, lambda: _late(senders))
         try:
@@ -155,6 +157,8 @@ class Pipeline:
                 for event in await remote.next_events():
                     if isinstance(event, MissingItems):
                         senders.append(asyncio.create_task(self._send_items(event.indices, plan, remote, answer)))
+                    elif isinstance(event, PromptScores):
+                        delta.prompt_logprobs += event.logprobs
                     elif isinstance(event, TokenOutput):
                         answer.add(event.token_id, event.logprobs, delta)
                         if answer.is_stopped:
@@ -163,7 +167,7 @@ class Pipeline:
                             break
                     elif isinstance(event, Completed):
                         ended = answer.complete(event.completion)
-                if delta.token_ids:
+                if delta.token_ids or delta.prompt_logprobs:
                     yield delta
                 if ended is not None:
                     yield ended

@@ -97,12 +97,13 @@ class Deadline:
 
 @dataclass(frozen=True, slots=True)
 class GenerateCall:
-    """A request for an answer. `sampling` is passed on to the executor as it is."""
+    """A request for an answer. `sampling` is passed on to the executor, with the tokens of `bad_words` added."""
 
     input: Prompt | Chat
     request_id: str
     sampling: tensor_pb2.SamplingParams = field(default_factory=tensor_pb2.SamplingParams)
     stop: tuple[str, ...] = ()
+    bad_words: tuple[str, ...] = ()
     deadline: Deadline = Deadline()
     traceparent: str | None = None
 
@@ -167,11 +168,12 @@ class Plan:
 
 @dataclass(slots=True)
 class Delta:
-    """A piece of an answer."""
+    """A piece of an answer; before the first token, log probabilities of the prompt if they were asked for."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[tensor_pb2.PositionLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[tensor_pb2.PositionLogprobs] = field(default_factory=list)
 
 
 @dataclass(slots=True)

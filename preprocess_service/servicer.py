@@ -11,7 +11,15 @@ from diptych.v1 import preprocess_pb2
 from diptych.wire.dtypes import DTYPE_OF_NAME
 from diptych.wire.media import media_info_to_proto, placeholder_to_proto
 from preprocess_service.executor_client import ExecutorPool
-from preprocess_service.limits import MAX_DETOKENIZED, check_count, check_stop
+from preprocess_service.limits import (
+    MAX_BAD_WORD_LENGTH,
+    MAX_BAD_WORDS,
+    MAX_DETOKENIZED,
+    MAX_STOP_LENGTH,
+    MAX_STOP_STRINGS,
+    check_count,
+    check_texts,
+)
 from preprocess_service.pipeline import Pipeline
 from preprocess_service.planning import Checkpoint
 from preprocess_service.reading import read_input
@@ -35,12 +43,14 @@ class PreprocessServicer:
         """Stream the answer."""
         self._check_model(request)
         check_served_fields(request)
-        check_stop(request.stop)
+        check_texts("stop", "stop string", request.stop, MAX_STOP_STRINGS, MAX_STOP_LENGTH)
+        check_texts("bad_words", "bad word", request.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH)
         call = GenerateCall(
             input=self._read_input(request),
             request_id=request.request_id or secrets.token_hex(8),
             sampling=request.sampling,
             stop=tuple(request.stop),
+            bad_words=tuple(request.bad_words),
             deadline=Deadline.after(context.time_remaining()),
             traceparent=_traceparent(context),
         )
@@ -145,7 +155,11 @@ def generate_response(piece: Delta | Ended) -> preprocess_pb2.GenerateResponse:
     """A piece of an answer as a message."""
     if isinstance(piece, Delta):
         return preprocess_pb2.GenerateResponse(
-            index=0, text=piece.text, token_ids=piece.token_ids, logprobs=piece.logprobs
+            index=0,
+            text=piece.text,
+            token_ids=piece.token_ids,
+            logprobs=piece.logprobs,
+            prompt_logprobs=piece.prompt_logprobs,
         )
     final = preprocess_pb2.GenerateFinal(
         finish_reason=piece.finish_reason, usage=piece.usage, times=piece.times, stop=piece.stop

@@ -20,7 +20,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Log probability of one output token, and of the likeliest ones as (token id, log probability)."""
+    """Log probability of one token of output or prompt, and of the likeliest ones as (token id, log probability)."""
 
     token_id: int
     logprob: float
@@ -39,28 +39,34 @@ class Final:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of an answer; the last one has `final`."""
+    """A piece of an answer; the last one has `final`, those before the first token `prompt_logprobs`, if asked for."""
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[Logprobs, ...]
     final: Final | None
+    prompt_logprobs: tuple[Logprobs, ...] = ()
 
 
 @dataclass(slots=True)
 class Generation:
-    """A whole answer. `logprobs` has one entry per token if they were asked for, else it is empty."""
+    """A whole answer. `logprobs` has one entry per token if they were asked for, else it is empty.
+
+    `prompt_logprobs`, too: one per token of the expanded prompt from the second on.
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
     final: Final | None = None
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
 
     def add(self, piece: Piece) -> None:
         """Append one piece."""
         self.text += piece.text
         self.token_ids += piece.token_ids
         self.logprobs += piece.logprobs
+        self.prompt_logprobs += piece.prompt_logprobs
         self.final = piece.final or self.final
 
 
@@ -147,7 +153,13 @@ class ExecutorModel:
 def piece_from_proto(message: preprocess_pb2.GenerateResponse) -> Piece:
     """A piece from its message."""
     final = _final(message.final) if message.HasField("final") else None
-    return Piece(message.text, tuple(message.token_ids), tuple(_logprobs(message.logprobs)), final)
+    return Piece(
+        message.text,
+        tuple(message.token_ids),
+        tuple(_logprobs(message.logprobs)),
+        final,
+        tuple(_logprobs(message.prompt_logprobs)),
+    )
 
 
 def plan_from_proto(message: preprocess_pb2.PlanResponse) -> Plan:

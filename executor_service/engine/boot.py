@@ -174,7 +174,7 @@ def _load_model(
             report(BootProgress("load_model", min(fraction, 0.999), num_bytes=done))
 
     model = load_model(family, _keyword_names(family), device, dtype, progress)
-    return ModelRunner(model, device, dtype, config.block_size)
+    return ModelRunner(model, device, dtype, config.block_size, _eos_token_ids(family.ctx))
 
 
 def _keyword_names(family: ModelFamily) -> tuple[str, ...]:

@@ -78,6 +78,7 @@ class Engine:
 
     def _retire(self, request: Request) -> Request:
         self.scheduler.remove(request)
+        self.runner.sampler.release(request.request_id)
         del self._requests[request.request_id]
         return request
 
@@ -93,6 +94,7 @@ class Engine:
             finished=[_finished(request) for request in (*aborted, *ended)],
             load=self.load,
             counters=replace(self.scheduler.counters),
+            prompt_logprobs=[(request.request_id, entries) for request, entries in output.prompt_logprobs],
         )
 
 

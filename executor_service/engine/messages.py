@@ -44,17 +44,31 @@ class EngineConfig:
 class SamplingParams:
     """How output tokens are chosen; every value is set and checked by the front.
 
-    `temperature` 0 is greedy; `top_k` 0 means all; `logprobs` None means none, 0 the chosen token's alone.
+    `temperature` 0 is greedy; `top_k` 0 means all; `logprobs` and `prompt_logprobs` None mean none, 0 the chosen
+    token's alone. `logit_bias` is (token id, bias) with each id once; `bad_words` are sequences of at least one id.
     """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether any penalty changes anything."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 @dataclass(frozen=True)
@@ -219,7 +233,10 @@ class Counters:
 
 @dataclass(frozen=True)
 class StepReport:
-    """All outputs of one step: `token_ids[i]` belongs to `request_ids[i]`, `logprobs` to indices of them."""
+    """All outputs of one step: `token_ids[i]` belongs to `request_ids[i]`, `logprobs` to indices of them.
+
+    `prompt_logprobs` are (request id, of its next prompt tokens in order, from the second token on).
+    """
 
     request_ids: list[int]
     token_ids: list[int]
@@ -227,6 +244,7 @@ class StepReport:
     finished: list[Finished]
     load: Load
     counters: Counters
+    prompt_logprobs: list[tuple[int, list[TokenLogprobs]]] = field(default_factory=list)
 
 
 FromEngine = BootProgress | BootFailed | Booted | StepReport

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from executor_service.engine.logprobs import PromptLogprobs, prompt_logprobs
 from executor_service.engine.request import EngineItem
-from executor_service.engine.sampler import SampledTokens, sample
+from executor_service.engine.sampler import SampledTokens, Sampler
 from executor_service.engine.scheduler import ScheduledBatch, ScheduledRequest
 from executor_service.kernels.normalize import normalize
 from executor_service.layers.context import AttentionMetadata, KVCache, forward_context
@@ -24,22 +25,34 @@ class ItemMismatchError(ValueError):
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """Sampled tokens of the requests in `requests`, parallel; `failed` could not be encoded, and why."""
+    """Sampled tokens of the requests in `requests`, parallel; `failed` could not be encoded, and why.
+
+    `prompt_logprobs` are what the step says of prompt tokens, for the requests that ask.
+    """
 
     requests: list[ScheduledRequest]
     sampled: SampledTokens
     failed: list[tuple[ScheduledRequest, Exception]]
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
 
 
 class ModelRunner:
-    """The model on its device, and the KV cache it reads and writes."""
+    """The model on its device, the KV cache it reads and writes, and the sampler."""
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, block_size: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        block_size: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
         self.model: Any = model
         self.device = device
         self.dtype = dtype
         self.block_size = block_size
         self.kv_caches: Sequence[KVCache] = ()
+        self.sampler = Sampler(device, eos_token_ids)
         self._tables: dict[Normalization, Tensor] = {}
 
     @property
@@ -55,13 +68,13 @@ class ModelRunner:
         if not scheduled:
             return ModelOutput([], SampledTokens([], []), failed)
         hidden, ends = self._forward(scheduled)
+        scores = prompt_logprobs(scheduled, hidden, ends, self.model.compute_logits)
         if not rows:
-            return ModelOutput([], SampledTokens([], []), failed)
+            return ModelOutput([], SampledTokens([], []), failed, scores)
         sampling = [scheduled[row] for row in rows]
         logits = self.model.compute_logits(hidden[ends[rows] - 1])
-        params = [request.request.sampling for request in sampling]
-        sampled = sample(logits, params, [request.request.num_tokens for request in sampling])
-        return ModelOutput(sampling, sampled, failed)
+        sampled = self.sampler.sample(logits, [row.request for row in sampling])
+        return ModelOutput(sampling, sampled, failed, scores)
 
     def prompt_positions(
         self, prompt_token_ids: Sequence[int], items: Sequence[EngineItem]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from executor_service.engine.constraints import TokenConstraints
 from executor_service.engine.messages import FinishReason, SamplingParams
 from registry import ItemLayout, PlaceholderRange
 
@@ -86,6 +87,10 @@ class Request:
         self.num_registered_blocks = 0
         self._prompt_positions = positions
         self._decode_delta = decode_delta
+        self.constraints = TokenConstraints(sampling)
+        self._always_changes_logits = bool(sampling.has_penalties or sampling.logit_bias or sampling.bad_words)
+        # The first token has no log probability: nothing comes before it.
+        self.num_scored_tokens = 1
         self.finish_reason: FinishReason | None = None
         self.error = ""
         self.arrived = time.monotonic()
@@ -99,13 +104,28 @@ class Request:
 
     @property
     def shares_prefix(self) -> bool:
-        """Whether it may use what others have computed."""
-        return self.is_shareable
+        """Whether it may use what others have computed: not where every prompt token's logits are asked for."""
+        return self.is_shareable and not self.scores_prompt
 
     @property
     def num_output_tokens(self) -> int:
         """Tokens generated so far."""
         return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> np.ndarray:
+        """Tokens generated so far: int64 [n], a view."""
+        return self.token_ids[self.num_prompt_tokens : self.num_tokens]
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether biases, penalties or bans apply to the next token."""
+        return self._always_changes_logits or self.num_output_tokens < self.sampling.min_tokens
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log probabilities of prompt tokens are still to be given; `num_scored_tokens` are done."""
+        return self.sampling.prompt_logprobs is not None and self.num_scored_tokens < self.num_prompt_tokens
 
     @property
     def num_pending_tokens(self) -> int:

@@ -254,7 +254,7 @@ class Admission:
         return given
 
     def _sampling(self, params: tensor_pb2.SamplingParams, num_prompt_tokens: int) -> SamplingParams:
-        check_sampling(params, vocab_size=self._booted.vocab_size)
+        check_sampling(params, vocab_size=self._booted.vocab_size, eos_token_ids=self._booted.eos_token_ids)
         room = self._booted.max_model_len - num_prompt_tokens
 
         def given(name: str, default: float) -> float:
@@ -269,6 +269,14 @@ class Admission:
             stop_token_ids=frozenset(params.stop_token_ids),
             ignore_eos=params.ignore_eos,
             logprobs=params.logprobs if params.HasField("logprobs") else None,
+            min_p=params.min_p,
+            prompt_logprobs=params.prompt_logprobs if params.HasField("prompt_logprobs") else None,
+            repetition_penalty=given("repetition_penalty", 1.0),
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            logit_bias=tuple(sorted(params.logit_bias.items())),
+            min_tokens=params.min_tokens,
+            bad_words=tuple({tuple(sequence.token_ids): None for sequence in params.bad_words}),
         )
 
 

@@ -220,6 +220,9 @@ class Front:
 
     def _on_step(self, report: StepReport) -> None:
         """Give every stream its share of the step, in one message each."""
+        for number, entries in report.prompt_logprobs:
+            if (request := self._requests[number]).error is None:
+                request.outlet.put_prompt_logprobs(request.handle, entries)
         logprobs = dict(report.logprobs)
         touched: dict[Outlet, None] = {}
         for index, (number, token_id) in enumerate(zip(report.request_ids, report.token_ids, strict=True)):

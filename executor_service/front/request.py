@@ -25,6 +25,9 @@ class Outlet(Protocol):
     def put_token(self, handle: int, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """An output token; sent with the others of this step at the next `flush`."""
 
+    def put_prompt_logprobs(self, handle: int, entries: list[TokenLogprobs]) -> None:
+        """Log probabilities of the next prompt tokens, at once: before the tokens of the step."""
+
     def put(self, response: executor_pb2.ExecuteResponse) -> None:
         """A control message, at once."""
 

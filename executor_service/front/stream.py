@@ -94,6 +94,11 @@ class ExecuteStream:
         self._outgoing.append(response)
         self._news.set()
 
+    def put_prompt_logprobs(self, handle: int, entries: list[TokenLogprobs]) -> None:
+        """Queue a message of their own."""
+        message = executor_pb2.PromptLogprobs(handle=handle, logprobs=[_position_logprobs(entry) for entry in entries])
+        self.put(executor_pb2.ExecuteResponse(prompt_logprobs=message))
+
     def put_token(self, handle: int, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Add a token to the step's message."""
         if logprobs is not None:
