@@ -35,7 +35,7 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
         context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[executor_pb2.ExecuteResponse]:
         """One stream with one request or many; see the contract."""
-        stream = ExecuteStream(self._front)
+        stream = ExecuteStream(self._front, _peer_identity(context))
         reader = asyncio.create_task(_read(stream, request_iterator))
         try:
             async for response in stream.responses():
@@ -119,6 +119,12 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
             accepting=self._front.is_accepting,
             num_preemptions=load.num_preemptions,
         )
+
+
+def _peer_identity(context: grpc.aio.ServicerContext) -> str:
+    """Who the peer has proved to be by its certificate; empty without TLS: then all peers are one."""
+    identities = context.peer_identities() or ()
+    return "|".join(sorted(identity.decode(errors="replace") for identity in identities))
 
 
 async def _read(stream: ExecuteStream, requests: AsyncIterator[executor_pb2.ExecuteRequest | ItemChunk]) -> None:

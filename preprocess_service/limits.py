@@ -18,6 +18,9 @@ MAX_ROLE_LENGTH: Final = 64
 MAX_DETOKENIZED: Final = 1024 * 1024
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_LENGTH: Final = 256
+MAX_BAD_WORDS: Final = 128
+MAX_BAD_WORD_LENGTH: Final = 128
+"""Characters. A word of that length, all of them four bytes long, still fits a token sequence's limit."""
 MAX_REQUEST_ID_LENGTH: Final = 128
 _NUM_ITEMS_LOOKED_AT: Final = 64
 """So many items are always told apart by modality, for the error that names the modality's own limit."""
@@ -48,13 +51,13 @@ def check_text_size(what: str, num_bytes: int, limit: int) -> None:
         )
 
 
-def check_stop(stop: Sequence[str]) -> None:
-    """Number and length of stop strings."""
-    check_count("stop has {} strings", len(stop), MAX_STOP_STRINGS)
-    for text in stop:
+def check_texts(field: str, what: str, texts: Sequence[str], max_texts: int, max_length: int) -> None:
+    """Number and length of short texts, such as stop strings; `what` names one of them."""
+    check_count(f"{field} has {{}} texts", len(texts), max_texts)
+    for text in texts:
         if not text:
-            raise InvalidInputError("a stop string is empty", stage=STAGE, limit=1, actual=0, field="stop")
-        check_count("a stop string has {} characters", len(text), MAX_STOP_LENGTH)
+            raise InvalidInputError(f"a {what} is empty", stage=STAGE, limit=1, actual=0, field=field)
+        check_count(f"a {what} has {{}} characters", len(text), max_length)
 
 
 def num_text_bytes(text: str) -> int:

@@ -6,12 +6,16 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator
+from itertools import count
 
 from diptych.service.errors import DiptychError, InternalError, InvalidInputError
 from diptych.v1 import executor_pb2, tensor_pb2
 from diptych.wire.framing import ItemChunk
 from executor_service.engine.messages import TokenLogprobs
-from executor_service.front.front import Front, FrontRequest
+from executor_service.front.credit import STREAM_WINDOW, Window
+from executor_service.front.front import Front
+from executor_service.front.item_store import Sender
+from executor_service.front.request import FrontRequest
 
 LOG = logging.getLogger("diptych.executor")
 MAX_ENDED_HANDLES = 65536
@@ -21,8 +25,12 @@ MAX_ENDED_HANDLES = 65536
 class ExecuteStream:
     """Implements the front's `Outlet`. All of it runs in the event loop."""
 
-    def __init__(self, front: Front) -> None:
+    _numbers = count()
+
+    def __init__(self, front: Front, peer: str) -> None:
         self._front = front
+        self.sender = Sender(peer, next(self._numbers))
+        self.window = Window(STREAM_WINDOW)
         self._live: dict[int, FrontRequest] = {}
         self._ended: dict[int, None] = {}
         self._outgoing: deque[executor_pb2.ExecuteResponse] = deque()
@@ -80,7 +88,8 @@ class ExecuteStream:
             self._front.end(self._live[handle], twice)
             return
         self._ended.pop(handle, None)
-        self._live[handle] = self._front.open(handle, start, self)
+        request = self._front.open(handle, start, self)
+        self._live[handle] = request
 
     def _end(self, handle: int, error: DiptychError) -> None:
         """End a request whether it had got as far as the front or not."""
@@ -103,6 +112,11 @@ class ExecuteStream:
         """Queue a control message."""
         self._outgoing.append(response)
         self._news.set()
+
+    def put_prompt_logprobs(self, handle: int, entries: list[TokenLogprobs]) -> None:
+        """Queue a message of their own."""
+        message = executor_pb2.PromptLogprobs(handle=handle, logprobs=[_position_logprobs(entry) for entry in entries])
+        self.put(executor_pb2.ExecuteResponse(prompt_logprobs=message))
 
     def put_token(self, handle: int, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Add a token to the step's message."""

@@ -14,7 +14,7 @@ from diptych.service.errors import UnavailableError
 from diptych.v1 import executor_pb2
 from diptych.wire.framing import encode_request
 from preprocess_service.executor_client.outbox import Outbox
-from preprocess_service.executor_client.request import MissingItems, RemoteRequest, TokenOutput
+from preprocess_service.executor_client.request import MissingItems, PromptScores, RemoteRequest, TokenOutput
 
 LOG = logging.getLogger("diptych.preprocess.executor")
 EXECUTE: Final = "/diptych.v1.ExecutorService/Execute"
@@ -126,6 +126,9 @@ class ExecutorStream:
         elif kind == "missing_items":
             if (request := self._requests.get(response.missing_items.handle)) is not None:
                 request.receive(MissingItems(tuple(response.missing_items.item_indices)))
+        elif kind == "prompt_logprobs":
+            if (request := self._requests.get(response.prompt_logprobs.handle)) is not None:
+                request.receive(PromptScores(tuple(response.prompt_logprobs.logprobs)))
         elif kind == "final":
             self._end(response.final)
 

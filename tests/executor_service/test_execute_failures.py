@@ -14,7 +14,6 @@ from grpc_status import rpc_status
 from diptych.service.lifecycle import CHANNEL_OPTIONS
 from diptych.v1 import executor_pb2
 from diptych.wire.framing import encode_request
-from executor_service.front.assembly import Assembly
 from executor_service.server import ExecutorServer
 from executor_service.settings import ExecutorSettings
 from registry.errors import RegistryError
@@ -120,24 +119,30 @@ def test_a_layout_that_raises_ends_its_request_alone(
     assert record.exc_info[1] is error
 
 
-def test_a_chunk_that_raises_ends_its_request_alone(channel, planner, monkeypatch) -> None:
+@pytest.mark.parametrize("method", ["receive", "slots", "begin"])
+def test_an_item_that_raises_ends_its_request_alone(server, channel, planner, monkeypatch, method: str) -> None:
+    """Whether it is on its way in, complete, or has only been announced."""
     expected = _run(channel, planner)
-    accept = Assembly.accept
+    reception = server[0].front._reception
+    real = getattr(reception, method)
 
-    def raising(self: Assembly, chunk: Any, *rest: Any) -> None:
-        if chunk.handle == 2:
+    def raising(request: Any, *rest: Any) -> Any:
+        if request.handle == 2:
             raise IndexError("a page that is not there")
-        accept(self, chunk, *rest)
+        return real(request, *rest)
 
-    monkeypatch.setattr(Assembly, "accept", raising)
+    monkeypatch.setattr(reception, method, raising)
     good, bad = planner.plan(), planner.plan()
     with Peer(channel) as peer:
-        for handle, planned in ((1, good), (2, bad)):
-            peer.start(handle, planned)
-            peer.wait_credit(handle)
-        peer.send_tensors(2, bad)
+        peer.start(1, good)
+        peer.wait_credit(1)
+        peer.start(2, bad)
+        if method != "begin":
+            peer.wait_credit(2)
+            peer.send_tensors(2, bad)
         answer = peer.finish(2)
-        assert (answer.code, answer.facts["stage"]) == (grpc.StatusCode.INTERNAL, "receive")
+        stage = "admit" if method == "begin" else "receive"
+        assert (answer.code, answer.facts["stage"]) == (grpc.StatusCode.INTERNAL, stage)
         peer.send_tensors(1, good)
         assert peer.finish(1).tokens == expected
         assert len(answer.finals) == 1
