@@ -12,7 +12,6 @@ import pytest
 from google.rpc import code_pb2, status_pb2
 
 from diptych.client import AsyncClient, Chat, Media, Message, Prompt, RequestError
-from diptych.service.errors import IncompatibleError
 from diptych.service.lifecycle import running
 from diptych.v1 import preprocess_pb2
 from diptych.v1.preprocess_pb2_grpc import PreprocessServiceStub
@@ -20,7 +19,6 @@ from preprocess_service.planning import Checkpoint
 from preprocess_service.server import SERVICE_NAME, PreprocessServer
 from preprocess_service.settings import PreprocessSettings
 from registry import MediaInfo, MediaItem
-from registry.fingerprint import Fingerprint
 from tests.stand_in_executor import StandInExecutor, eventually
 from tests.tiny_checkpoint import data_url, encoded, picture
 
@@ -382,46 +380,6 @@ async def test_list_models(client: AsyncClient, checkpoint: Checkpoint) -> None:
 async def test_health(client: AsyncClient) -> None:
     assert await client.health() == "SERVING"
     assert await client.health(SERVICE_NAME) == "SERVING"
-
-
-async def test_an_incompatible_executor_ends_the_boot(checkpoint_dir: Path, checkpoint: Checkpoint) -> None:
-    parts = {**checkpoint.fingerprint.parts, "item layout": b"other"}
-    other = StandInExecutor(Fingerprint(b"x" * 32, parts, checkpoint.fingerprint.probes))
-    await other.start()
-    settings = PreprocessSettings(model=checkpoint_dir, port=0, executor=other.address)
-    with pytest.raises(IncompatibleError, match="disagree with this service on: item layout"):
-        async with running(PreprocessServer(settings)):
-            pass
-    await other.stop()
-
-
-async def test_executors_come_and_go(checkpoint_dir: Path, checkpoint: Checkpoint) -> None:
-    first = StandInExecutor(checkpoint.fingerprint)
-    await first.start()
-    port = int(first.address.rsplit(":", 1)[1])
-    settings = PreprocessSettings(model=checkpoint_dir, port=0, executor=f"127.0.0.1:1,{first.address}")
-    async with running(PreprocessServer(settings)) as server, AsyncClient(server.address) as client:
-        first.delay = 0.05
-        stream = client.stream(Prompt("words and more words and more"))
-        await anext(stream)
-        await first.stop()
-        with pytest.raises(RequestError) as caught:
-            async for _ in stream:
-                pass
-        assert (caught.value.code, caught.value.details["stage"]) == ("UNAVAILABLE", "executor")
-        error = await failure(client, Prompt("x"))
-        assert (error.code, error.details["retryable"]) == ("UNAVAILABLE", "true")
-        assert await client.health() == "SERVING"
-        assert await client.health(SERVICE_NAME) == "NOT_SERVING"
-        assert (await client.plan(Prompt("still plans"))).prompt_token_ids
-        second = StandInExecutor(checkpoint.fingerprint)
-        await second.start(port)
-        for _ in range(500):
-            if await client.health(SERVICE_NAME) == "SERVING":
-                break
-            await asyncio.sleep(0.02)
-        assert (await client.generate(Prompt("again"), max_tokens=1)).final is not None
-        await second.stop()
 
 
 async def test_draining_lets_running_requests_end(checkpoint_dir: Path, checkpoint: Checkpoint) -> None:
