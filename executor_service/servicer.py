@@ -35,7 +35,7 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
         context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[executor_pb2.ExecuteResponse]:
         """One stream with one request or many; see the contract."""
-        stream = ExecuteStream(self._front)
+        stream = ExecuteStream(self._front, _peer_identity(context))
         reader = asyncio.create_task(_read(stream, request_iterator))
         try:
             async for response in stream.responses():
@@ -118,6 +118,12 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
             num_blocks=load.num_blocks,
             accepting=self._front.is_accepting,
         )
+
+
+def _peer_identity(context: grpc.aio.ServicerContext) -> str:
+    """Who the peer has proved to be by its certificate; empty without TLS: then all peers are one."""
+    identities = context.peer_identities() or ()
+    return "|".join(sorted(identity.decode(errors="replace") for identity in identities))
 
 
 async def _read(stream: ExecuteStream, requests: AsyncIterator[executor_pb2.ExecuteRequest | ItemChunk]) -> None:

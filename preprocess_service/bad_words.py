@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Final
 
 from diptych.service.errors import InvalidInputError
 from diptych.service.sampling import check_sampling
@@ -11,10 +10,6 @@ from diptych.v1 import tensor_pb2
 from preprocess_service.planning import Checkpoint
 from preprocess_service.requests import GenerateCall
 from preprocess_service.tokens import TextTokenizer
-
-MAX_BAD_WORDS: Final = 128
-MAX_BAD_WORD_LENGTH: Final = 128
-"""Characters. A word of that length, all of them four bytes long, still fits a token sequence's limit."""
 
 
 def with_bad_words(call: GenerateCall, checkpoint: Checkpoint) -> GenerateCall:

@@ -19,13 +19,14 @@ from demo.scenes.material import Material
 from demo.scenes.questions import SEVERAL, SINGLE, TWO_TURNS, TYPES, Ask, Turn, random_kinds, random_turns
 from demo.scenes.scenes import MAX_OBJECTS, Painter, Scene, Thing
 
+UNSEEN = -1
 TEXT = -1
 """Stands in `sources` for an ordinary token."""
-NUM_TURNS, NUM_TURNS_WEIGHTS = [1, 2, 3, 4], [0.35, 0.3, 0.2, 0.15]
+NUM_TURNS, NUM_TURNS_WEIGHTS = [1, 2, 4, 6, 8], [0.15, 0.2, 0.25, 0.25, 0.15]
 NUM_PICTURES, NUM_PICTURES_WEIGHTS = [2, 3, 4], [0.5, 0.35, 0.15]
 MAX_OBJECTS_OF_SEVERAL = 3
 BATCHES_PER_POOL = 4
-SEVERAL_EVERY = 5
+SEVERAL_EVERY = 3
 SHRINK = 0.85
 EVERY_DIGIT = "every held-out digit, alone"
 EXAM_BATCH, EXAM_BATCH_OF_SEVERAL = 50, 25
@@ -39,6 +40,9 @@ class Batch:
     """[tiles, height, width, RGB], uint8, of all pictures."""
     boxes: Tensor
     """[tiles, objects, 5]: class + 1, or 0 for no object, then left, top, right, bottom in pixels of the tile."""
+    neighbours: Tensor
+    """[tiles, objects, 2]: class + 1 of the next object to the left and right, 0 for none, UNSEEN where a tile of a
+    part of the picture does not tell."""
     input_ids: Tensor
     sources: Tensor
     """For every token: TEXT, NEWLINE, or tile * PATCHES + patch."""
@@ -77,6 +81,7 @@ class Collator:
         """Collate a few requests."""
         tiles: list[Tiles] = []
         boxes: list[NDArray[np.float32]] = []
+        neighbours: list[NDArray[np.int64]] = []
         rows = []
         num_tiles = 0
         for request in requests:
@@ -87,10 +92,12 @@ class Collator:
                 sources.append(picture.sources + offset)
                 tiles.append(picture)
                 boxes.append(_boxes(picture, scene.things))
+                neighbours.append(_neighbours(picture, scene.things))
                 num_tiles += len(picture.pixels)
             rows.append(self._row(request, sources))
         pixels = torch.from_numpy(np.concatenate([picture.pixels for picture in tiles]))
-        return Batch(pixels, torch.from_numpy(np.concatenate(boxes)), *self._pad(rows))
+        where = [torch.from_numpy(np.concatenate(arrays)) for arrays in (boxes, neighbours)]
+        return Batch(pixels, *where, *self._pad(rows))
 
     def _row(self, request: Request, sources: list[NDArray[np.int64]]) -> tuple[list[int], list[int], list[bool]]:
         """Return token ids, sources, and which tokens are answers."""
@@ -138,6 +145,14 @@ def _boxes(picture: Tiles, things: list[Thing]) -> NDArray[np.float32]:
         outside = (centre + radius < 0).any(1) | (centre - radius > TILE_SIDE).any(1)
         boxes[tile, : len(things)][outside] = 0
     return boxes
+
+
+def _neighbours(picture: Tiles, things: list[Thing]) -> NDArray[np.int64]:
+    """What stands beside each object, told for the first tile alone: it shows the whole picture."""
+    neighbours = np.full((len(picture.pixels), MAX_OBJECTS, 2), UNSEEN)
+    kinds = [0, *(thing.kind + 1 for thing in things), 0]
+    neighbours[0, : len(things)] = list(zip(kinds[:-2], kinds[2:], strict=True))
+    return neighbours
 
 
 class Lessons(Dataset[list[Batch]]):

@@ -247,8 +247,8 @@ SEVERAL: dict[str, Ask] = {
 TWO_TURNS = "two-turn chat"
 TYPES = [*SINGLE, *SEVERAL, TWO_TURNS]
 REPEATABLE = {"count", "left or right", "which picture"}
-SINGLE_WEIGHTS = [1.0, 1.4, 1.4, 1.0, 1.0, 1.4, 1.6, 0.5, 1.6]
-SEVERAL_WEIGHTS = [1.0, 1.2, 0.5]
+SINGLE_WEIGHTS = [1.0, 1.4, 1.4, 1.0, 1.0, 1.4, 3.0, 0.5, 6.0]
+SEVERAL_WEIGHTS = [3.0, 1.2, 0.5]
 
 
 def random_kinds(rng: np.random.Generator, max_objects: int) -> list[int]:

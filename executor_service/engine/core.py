@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 from executor_service.engine.messages import Finished, FinishReason, Load, StepReport, TokenLogprobs
 from executor_service.engine.model_runner import ItemMismatchError, ModelOutput, ModelRunner
@@ -69,7 +70,7 @@ class Engine:
             scheduled.request.error = str(error)
         for scheduled in batch.requests:
             if not scheduled.request.is_finished:
-                _advance(scheduled.request, scheduled.num_tokens)
+                self.scheduler.advance(scheduled.request, scheduled.num_tokens)
         for scheduled, token_id in zip(output.requests, output.sampled.token_ids, strict=True):
             scheduled.request.append(token_id, self.eos_token_ids)
         ended = [scheduled.request for scheduled in batch.requests if scheduled.request.is_finished]
@@ -92,16 +93,9 @@ class Engine:
             logprobs=logprobs,
             finished=[_finished(request) for request in (*aborted, *ended)],
             load=self.load,
+            counters=replace(self.scheduler.counters),
             prompt_logprobs=[(request.request_id, entries) for request, entries in output.prompt_logprobs],
         )
-
-
-def _advance(request: Request, num_tokens: int) -> None:
-    """Count the chunk as computed, and drop features nobody needs any more."""
-    request.num_computed_tokens += num_tokens
-    for item in request.items:
-        if item.placeholder.end <= request.num_computed_tokens:
-            item.features = None
 
 
 def _finished(request: Request) -> Finished:

@@ -35,6 +35,8 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     kv_cache_memory: int | None = None
     num_threads: int | None = None
+    prefix_caching: bool = True
+    encoder_cache_memory: int | None = None
     check_integrity: bool = False
 
 
@@ -82,12 +84,16 @@ class TensorSlot:
 
 @dataclass(frozen=True)
 class ItemSlots:
-    """One media item of a request: its range in the prompt, its header facts, its tensors."""
+    """One media item of a request: its range in the prompt, its header facts, its tensors.
+
+    `content_digest` is SHA-256 over everything its features depend on: tensors and constants.
+    """
 
     offset: int
     length: int
     info: MediaInfo
     tensors: tuple[TensorSlot, ...]
+    content_digest: bytes
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,7 @@ class Submit:
     items: tuple[ItemSlots, ...]
     sampling: SamplingParams
     priority: int = 0
+    output_token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -209,6 +216,21 @@ class Load:
     num_blocks: int
 
 
+@dataclass
+class Counters:
+    """What the engine has done since its boot.
+
+    Tokens of prompts begun, and those of them found in the prefix cache; items encoded, and found in the encoder
+    cache; requests preempted.
+    """
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_encoded_items: int = 0
+    num_encoder_cache_hits: int = 0
+    num_preemptions: int = 0
+
+
 @dataclass(frozen=True)
 class StepReport:
     """All outputs of one step: `token_ids[i]` belongs to `request_ids[i]`, `logprobs` to indices of them.
@@ -221,6 +243,7 @@ class StepReport:
     logprobs: list[tuple[int, TokenLogprobs]]
     finished: list[Finished]
     load: Load
+    counters: Counters
     prompt_logprobs: list[tuple[int, list[TokenLogprobs]]] = field(default_factory=list)
 
 

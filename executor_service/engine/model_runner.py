@@ -55,6 +55,11 @@ class ModelRunner:
         self.sampler = Sampler(device, eos_token_ids)
         self._tables: dict[Normalization, Tensor] = {}
 
+    @property
+    def feature_width(self) -> int:
+        """Elements of one encoder feature, which are those of a row of the token embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[-1])
+
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> ModelOutput:
         """One step: tokens for every request whose last token is in the batch."""
@@ -91,13 +96,14 @@ class ModelRunner:
             for name in group[0].layout.constants:
                 keywords[name] = [torch.from_numpy(item.layout.constants[name]).to(self.device) for item in group]
             for item, features in zip(group, self.model.embed_multimodal(**keywords), strict=True):
-                _check_features(features, item, self.model.get_input_embeddings())
-                item.features = features
+                _check_features(features, item, self.feature_width)
+                # A copy, where the encoder's output is one tensor for several items: each is freed by itself.
+                item.features = features.clone() if len(group) > 1 else features
 
     def _encode_batch(
         self, batch: list[ScheduledRequest]
     ) -> tuple[list[ScheduledRequest], list[tuple[ScheduledRequest, Exception]]]:
-        """Encode all items at once; if that fails, one request at a time, so that only the culprit fails."""
+        """Encode all items at once; if that fails, one at a time, so that only the culprit's requests fail."""
         items = [item for scheduled in batch for item in scheduled.items]
         if not items:
             return batch, []
@@ -110,13 +116,20 @@ class ModelRunner:
     def _encode_one_by_one(
         self, batch: list[ScheduledRequest]
     ) -> tuple[list[ScheduledRequest], list[tuple[ScheduledRequest, Exception]]]:
+        """Whoever needs an item that cannot be encoded fails, be it the one that was to encode it or not."""
+        errors: dict[int, Exception] = {}
+        for item in (item for scheduled in batch for item in scheduled.items):
+            try:
+                self.encode([item])
+            except Exception as error:
+                errors[id(item.encoded)] = _blame(error, item)
         good, failed = [], list[tuple[ScheduledRequest, Exception]]()
         for scheduled in batch:
-            try:
-                self.encode(scheduled.items)
+            culprit = next((id(i.encoded) for i in scheduled.request.items if id(i.encoded) in errors), None)
+            if culprit is None:
                 good.append(scheduled)
-            except Exception as error:
-                failed.append((scheduled, _blame(error, scheduled)))
+            else:
+                failed.append((scheduled, errors[culprit]))
         return good, failed
 
     def _tensor(self, item: EngineItem, name: str) -> Tensor:
@@ -188,16 +201,15 @@ def _kind(item: EngineItem) -> tuple[str, ...]:
     return (item.modality, *sorted(item.tensors), *sorted(item.layout.constants))
 
 
-def _blame(error: Exception, scheduled: ScheduledRequest) -> Exception:
+def _blame(error: Exception, item: EngineItem) -> Exception:
     """An ItemMismatchError where what failed was never attested: then it is the sender's."""
-    if isinstance(error, ItemMismatchError) or all(item.is_attested for item in scheduled.items):
+    if isinstance(error, ItemMismatchError) or item.is_attested:
         return error
     return ItemMismatchError(f"the model does not take the item's tensors: {type(error).__name__}: {error}")
 
 
-def _check_features(features: Tensor, item: EngineItem, embeddings: Any) -> None:
+def _check_features(features: Tensor, item: EngineItem, width: int) -> None:
     """ValueError unless the encoder's output fits the item's places in the prompt."""
-    width = embeddings.weight.shape[-1]
     if not item.is_attested and len(features) != item.layout.num_tokens:
         raise ItemMismatchError(
             f"the encoder makes {len(features)} features of the {item.modality} item at token "

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
+from itertools import count
 
 from diptych.service.errors import DiptychError, InvalidInputError
 from diptych.v1 import executor_pb2, tensor_pb2
 from diptych.wire.framing import ItemChunk
 from executor_service.engine.messages import TokenLogprobs
-from executor_service.front.front import Front, FrontRequest
+from executor_service.front.credit import STREAM_WINDOW, Window
+from executor_service.front.front import Front
+from executor_service.front.item_store import Sender
+from executor_service.front.request import FrontRequest
 
 MAX_ENDED_HANDLES = 65536
 """Handles a stream remembers after their Final, so that late chunks are told from wrong ones."""
@@ -19,8 +23,12 @@ MAX_ENDED_HANDLES = 65536
 class ExecuteStream:
     """Implements the front's `Outlet`. All of it runs in the event loop."""
 
-    def __init__(self, front: Front) -> None:
+    _numbers = count()
+
+    def __init__(self, front: Front, peer: str) -> None:
         self._front = front
+        self.sender = Sender(peer, next(self._numbers))
+        self.window = Window(STREAM_WINDOW)
         self._live: dict[int, FrontRequest] = {}
         self._ended: dict[int, None] = {}
         self._outgoing: deque[executor_pb2.ExecuteResponse] = deque()
@@ -68,7 +76,8 @@ class ExecuteStream:
             self._front.end(self._live[handle], twice)
             return
         self._ended.pop(handle, None)
-        self._live[handle] = self._front.open(handle, start, self)
+        request = self._front.open(handle, start, self)
+        self._live[handle] = request
 
     def _find(self, handle: int, what: str) -> FrontRequest | None:
         """The live request; None if it has just ended; InvalidInputError if there never was one."""

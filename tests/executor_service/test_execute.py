@@ -154,8 +154,16 @@ LIES = {
         lambda s: s.sampling.bad_words.add(token_ids=[1, 2**32 - 1]), "INVALID_ARGUMENT", "admit", "ids are below 328",
     ),
     "min tokens": (lambda s: setattr(s.sampling, "min_tokens", 9), "INVALID_ARGUMENT", "admit", "at most max_tokens"),
-    "resumption": (lambda s: s.output_token_ids.append(1), "UNIMPLEMENTED", "admit", "output_token_ids"),
-    "priority": (lambda s: setattr(s, "priority", 0), "UNIMPLEMENTED", "admit", "priority"),
+    "output token": (lambda s: s.output_token_ids.append(10**9), "INVALID_ARGUMENT", "admit", "no text token"),
+    "ended output": (
+        lambda s: (s.sampling.stop_token_ids.append(9), s.output_token_ids.extend([8, 9])),
+        "INVALID_ARGUMENT", "admit", "output_token_ids[1] is 9, which ends an answer",
+    ),
+    "whole output": (lambda s: s.output_token_ids.extend([9] * 8), "INVALID_ARGUMENT", "admit", "at most 8"),
+    "media digest": (
+        lambda s: setattr(s.items[0], "media_digest", b"x"), "INVALID_ARGUMENT", "attest", "SHA-256 has 32",
+    ),
+    "inline bytes": (set_tensor(data=b"x" * 17), "INVALID_ARGUMENT", "attest", "has 17 bytes"),
 }  # fmt: skip
 
 
