@@ -22,6 +22,7 @@ from diptych.service.errors import (
     UnavailableError,
 )
 from diptych.service.sampling import check_sampling
+from diptych.service.telemetry import stage
 from preprocess_service.answer import Answer
 from preprocess_service.bad_words import with_bad_words
 from preprocess_service.executor_client import Completed, ExecutorPool, RemoteRequest, TokenOutput
@@ -62,6 +63,11 @@ class Pipeline:
         self._idle.set()
         self._is_draining = False
 
+    @property
+    def num_pending(self) -> int:
+        """Requests that are worked on."""
+        return self._num_pending
+
     async def generate(self, call: GenerateCall) -> AsyncIterator[Delta | Ended]:
         """The answer in pieces, and its end."""
         with self._admit():
@@ -69,10 +75,11 @@ class Pipeline:
             call = with_bad_words(call, self._checkpoint)
             plan = await self._map_ahead(await self._plan(call.input, call.deadline, self._planner.prepare))
             call.deadline.check("start")
-            start = make_start(call, plan, self._checkpoint.fingerprint.digest)
-            with self._executors.choose().request(start) as remote:
-                async for piece in self._answer(call, plan, remote):
-                    yield piece
+            with stage("execute", is_remote=True):
+                start = make_start(call, plan, self._checkpoint.fingerprint.digest)
+                with self._executors.choose().request(start) as remote:
+                    async for piece in self._answer(call, plan, remote):
+                        yield piece
 
     async def plan(self, prompt: Prompt | Chat, deadline: Deadline) -> Plan:
         """Only the planning."""
@@ -131,9 +138,10 @@ class Pipeline:
         self, prompt: Prompt | Chat, deadline: Deadline, make_plan: Callable[[Prompt | Chat], Plan]
     ) -> Plan:
         deadline.check("plan")
-        if _is_small(prompt):
-            return make_plan(prompt)
-        return await asyncio.to_thread(make_plan, prompt)
+        with stage("plan"):
+            if _is_small(prompt):
+                return make_plan(prompt)
+            return await asyncio.to_thread(make_plan, prompt)
 
     async def _map_ahead(self, plan: Plan) -> Plan:
         """Map the items whose family has no layout: only then is known what tensors Start is to announce."""
@@ -216,8 +224,8 @@ def check_call(call: GenerateCall, vocab_size: int) -> None:
 
 
 def _late(senders: Sequence[asyncio.Task[None]]) -> DiptychError:
-    stage = "generate" if all(sender.done() for sender in senders) else "decode"
-    return DeadlineError(f"the deadline passed in stage {stage!r}", stage=stage)
+    where = "generate" if all(sender.done() for sender in senders) else "decode"
+    return DeadlineError(f"the deadline passed in stage {where!r}", stage=where)
 
 
 def _is_small(prompt: Prompt | Chat) -> bool:

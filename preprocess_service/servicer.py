@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from diptych.service.errors import InvalidInputError, LimitExceededError, NotFoundError, UnimplementedError
@@ -23,6 +23,7 @@ from preprocess_service.limits import (
 from preprocess_service.pipeline import Pipeline
 from preprocess_service.planning import Checkpoint
 from preprocess_service.reading import read_input
+from preprocess_service.reports import PreprocessReports
 from preprocess_service.requests import Chat, Deadline, Delta, Ended, GenerateCall, Plan, PlannedItem, Prompt
 
 MAX_ANSWERS: Final = 128
@@ -31,11 +32,19 @@ MAX_ANSWERS: Final = 128
 class PreprocessServicer:
     """The six methods of the contract."""
 
-    def __init__(self, model_name: str, checkpoint: Checkpoint, pipeline: Pipeline, executors: ExecutorPool) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        checkpoint: Checkpoint,
+        pipeline: Pipeline,
+        executors: ExecutorPool,
+        reports: PreprocessReports,
+    ) -> None:
         self._model_name = model_name
         self._checkpoint = checkpoint
         self._pipeline = pipeline
         self._executors = executors
+        self._reports = reports
 
     async def Generate(  # noqa: N802
         self, request: preprocess_pb2.GenerateRequest, context: Any
@@ -52,14 +61,15 @@ class PreprocessServicer:
             stop=tuple(request.stop),
             bad_words=tuple(request.bad_words),
             deadline=Deadline.after(context.time_remaining()),
-            traceparent=_traceparent(context),
         )
         pieces = self._pipeline.generate(call)
-        try:
-            async for piece in pieces:
-                yield generate_response(piece)
-        finally:
-            await pieces.aclose()  # type: ignore[attr-defined]
+        with self._reports.answer(call) as report:
+            try:
+                async for piece in pieces:
+                    report.note(piece)
+                    yield generate_response(piece)
+            finally:
+                await pieces.aclose()  # type: ignore[attr-defined]
 
     async def Plan(self, request: preprocess_pb2.PlanRequest, context: Any) -> preprocess_pb2.PlanResponse:  # noqa: N802
         """Plan from headers."""
@@ -185,8 +195,3 @@ def _planned_item(item: PlannedItem) -> preprocess_pb2.PlannedItem:
             for name, spec in item.tensors.items()
         ],
     )
-
-
-def _traceparent(context: Any) -> str | None:
-    metadata: Iterable[tuple[str, str | bytes]] = context.invocation_metadata() or ()
-    return next((str(value) for name, value in metadata if name == "traceparent"), None)
