@@ -18,8 +18,8 @@ from registry.families import open_family
 from registry.family import ModelFamily
 
 LOG = logging.getLogger("diptych.executor")
-UNWATCHED: Final = ("Execute", "WatchLoad")
-"""They last as long as their peer; each request of an `Execute` has a span of its own."""
+UNWATCHED: Final = ("WatchLoad",)
+"""It lasts as long as its peer."""
 
 
 class ExecutorServer:

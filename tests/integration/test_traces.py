@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import time
 from collections.abc import Iterator
@@ -90,7 +91,7 @@ def test_one_trace_of_one_request(served, collector) -> None:
     assert names(remote.child("prefill")) == ["encode"]
     # Stages follow each other without a gap, and together are the request.
     stages = remote.children
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in itertools.pairwise(stages):
         assert abs(after.began - before.ended) < CLOCKS
     for span in execute.children:
         if span.name == "map":

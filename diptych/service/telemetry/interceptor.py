@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from types import TracebackType
 from typing import Any, Self
@@ -14,13 +16,15 @@ from diptych.service.telemetry.propagation import from_metadata
 from diptych.service.telemetry.service import Telemetry
 from diptych.service.telemetry.tracing import CURRENT, begin_span, code_of, set_status
 
+LOG = logging.getLogger("diptych.rpc")
 Handler = Callable[..., Any]
 
 
 class TelemetryInterceptor(grpc.aio.ServerInterceptor):
     """Stands outside the error interceptor, whose status it reads.
 
-    `unwatched` are the names of methods that last as long as their peer: their requests have spans of their own.
+    Calls that stream requests carry many, and those report themselves. `unwatched` are the names of other methods
+    that last as long as their peer.
     """
 
     def __init__(self, telemetry: Telemetry, unwatched: Collection[str] = ()) -> None:
@@ -37,15 +41,15 @@ class TelemetryInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if handler is None or method.startswith("/grpc.") or method.rpartition("/")[2] in self._unwatched:
             return handler
+        if handler.request_streaming:
+            return handler
         return self._wrapped(handler, method)
 
     def _wrapped(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
         codec = (handler.request_deserializer, handler.response_serializer)
         if handler.unary_stream:
             return grpc.unary_stream_rpc_method_handler(self._streaming(handler.unary_stream, method), *codec)
-        if handler.unary_unary:
-            return grpc.unary_unary_rpc_method_handler(self._unary(handler.unary_unary, method), *codec)
-        raise NotImplementedError(f"{method} streams its requests; name it in `unwatched`")
+        return grpc.unary_unary_rpc_method_handler(self._unary(handler.unary_unary, method), *codec)
 
     def _unary(self, inner: Handler, method: str) -> Handler:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
@@ -74,6 +78,7 @@ class _Call:
         self._telemetry = telemetry
         self._service, _, self._method = method.lstrip("/").rpartition("/")
         self._context = context
+        self._began = time.perf_counter()
 
     def __enter__(self) -> Self:
         parent = from_metadata(self._context.invocation_metadata())
@@ -88,12 +93,17 @@ class _Call:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         code = self._code(error)
+        LOG.debug("call ended", extra=self._facts(code))
         self._telemetry.count_request(self._method, code.name)
         if self._span.is_recording():
             self._span.set_attribute("rpc.grpc.status_code", code.value[0])
             if code is not grpc.StatusCode.OK:
                 set_status(self._span, code.name, self._context.details() or "")
         self._span.end()
+
+    def _facts(self, code: grpc.StatusCode) -> dict[str, object]:
+        seconds = round(time.perf_counter() - self._began, 6)
+        return {"method": self._method, "code": code.name, "seconds": seconds}
 
     def _code(self, error: BaseException | None) -> grpc.StatusCode:
         if error is None:

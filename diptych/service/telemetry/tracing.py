@@ -77,7 +77,7 @@ _NO_STAGE: Final = _NoStage()
 
 
 def stage(name: str, *, is_remote: bool = False, **attributes: AttributeValue) -> Stage | _NoStage:
-    """A stage of the current request, as a block: `with stage("decode", item=0): …`.
+    """A block of the current request's work: a span, and a measured duration.
 
     `is_remote` marks a wait for another service; attributes become `diptych.NAME`.
     """
