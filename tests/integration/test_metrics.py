@@ -92,16 +92,23 @@ def test_the_page_says_what_is_served(busy) -> None:
             assert name.removesuffix("_total").endswith(unit)
 
 
-@pytest.mark.parametrize("service", ["preprocess", "executor"])
-def test_promtool_finds_nothing_to_say(served, busy, service: str) -> None:
+def check_with_promtool(what: str, *files: str, text: str = "") -> str:
+    """What it says of something that it must accept."""
     if shutil.which("promtool") is None:
         reason = "promtool, from Prometheus, is not installed"
         if os.environ.get("STRICT") == "1" or os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
+    command = ["promtool", "check", what, *files]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("service", ["preprocess", "executor"])
+def test_promtool_finds_nothing_to_say(served, busy, service: str) -> None:
     text = scrape(getattr(served, service).metrics_address)
-    done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert check_with_promtool("metrics", text=text) == ""
 
 
 def test_the_preprocess_service_counts(busy) -> None:
@@ -152,3 +159,7 @@ def test_what_runs_is_seen_while_it_runs(served) -> None:
     assert seen("diptych_kv_cache_used_blocks") > 0
     assert Scraped(scrape(served.preprocess.metrics_address))("diptych_requests_pending") == 1
     call.cancel()
+
+
+def test_promtool_reads_the_scrape_configuration() -> None:
+    check_with_promtool("config", str(Path(__file__).parents[2] / "deploy" / "prometheus.yaml"))

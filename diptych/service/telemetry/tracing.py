@@ -43,7 +43,8 @@ class Stage:
     def __enter__(self) -> Self:
         tracer = self._telemetry.tracer
         self._span: Span | None = None
-        if tracer is not None:
+        # Within a span that is not sampled nothing would be recorded.
+        if tracer is not None and trace.get_current_span().is_recording():
             attributes = {f"diptych.{name}": value for name, value in self._attributes.items()}
             self._span = tracer.start_span(self._name, kind=self._kind, attributes=attributes)
             self._token: Token[Context] = otel_context.attach(trace.set_span_in_context(self._span))
