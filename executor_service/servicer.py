@@ -117,6 +117,7 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
             num_used_blocks=load.num_used_blocks,
             num_blocks=load.num_blocks,
             accepting=self._front.is_accepting,
+            num_preemptions=load.num_preemptions,
         )
 
 
@@ -127,9 +128,14 @@ def _peer_identity(context: grpc.aio.ServicerContext) -> str:
 
 
 async def _read(stream: ExecuteStream, requests: AsyncIterator[executor_pb2.ExecuteRequest | ItemChunk]) -> None:
-    async for request in requests:
-        stream.handle(request)
-    stream.half_close()
+    """Until the sender half-closes; a failure here ends the call, which would wait for messages for ever."""
+    try:
+        async for request in requests:
+            stream.handle(request)
+    except Exception as error:
+        stream.fail(error)
+    else:
+        stream.half_close()
 
 
 def _interval(request: executor_pb2.WatchLoadRequest) -> float:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Final
 
@@ -23,15 +24,30 @@ from diptych.service.errors import (
 )
 from diptych.service.sampling import check_sampling
 from diptych.service.telemetry import stage
+from diptych.wire.framing import split_tensor, tensor_bytes
 from preprocess_service.answer import Answer
 from preprocess_service.bad_words import with_bad_words
-from preprocess_service.executor_client import Completed, ExecutorPool, RemoteRequest, TokenOutput
+from preprocess_service.executor_client import Completed, Executor, ExecutorPool, RemoteRequest, TokenOutput
 from preprocess_service.executor_client.messages import make_start
 from preprocess_service.executor_client.request import MissingItems, PromptScores
+from preprocess_service.fan_out import fan_out, nth_call
 from preprocess_service.limits import MAX_REQUEST_ID_LENGTH, check_count, check_text_size, num_text_bytes
 from preprocess_service.media.decode import MediaWorkers
 from preprocess_service.planning import Checkpoint, Planner
-from preprocess_service.requests import Chat, Deadline, Delta, Ended, GenerateCall, Media, MediaHeader, Plan, Prompt
+from preprocess_service.requests import (
+    Chat,
+    Deadline,
+    Delta,
+    Ended,
+    GenerateCall,
+    MappedItem,
+    Media,
+    MediaHeader,
+    Plan,
+    PlannedItem,
+    Prompt,
+    TensorPiece,
+)
 
 LOG = logging.getLogger("diptych.preprocess")
 RETRY_AFTER: Final = 0.5
@@ -68,18 +84,35 @@ class Pipeline:
         """Requests that are worked on."""
         return self._num_pending
 
-    async def generate(self, call: GenerateCall) -> AsyncIterator[Delta | Ended]:
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[Delta | Ended]:
         """The answer in pieces, and its end."""
-        with self._admit():
+        with self._admit(call.num_answers):
             check_call(call, self._checkpoint.family.ctx.vocab_size)
             call = with_bad_words(call, self._checkpoint)
             plan = await self._map_ahead(await self._plan(call.input, call.deadline, self._planner.prepare))
-            call.deadline.check("start")
-            with stage("execute", is_remote=True):
-                start = make_start(call, plan, self._checkpoint.fingerprint.digest)
-                with self._executors.choose().request(start) as remote:
-                    async for piece in self._answer(call, plan, remote):
+            executor = self._executors.choose()
+            answers = fan_out(call.num_answers, lambda index: self._run(nth_call(call, index), plan, executor))
+            async with aclosing(answers):
+                async for piece in answers:
+                    yield piece
+
+    async def process(self, prompt: Prompt | Chat, deadline: Deadline) -> AsyncGenerator[Plan | TensorPiece]:
+        """The plan, then every item's tensors in pieces, items as they are ready."""
+        with self._admit():
+            check_whole(prompt)
+            plan = await self._map_ahead(await self._plan(prompt, deadline, self._planner.prepare))
+            yield plan
+            loads = [asyncio.create_task(self._load(item, index)) for index, item in enumerate(plan.items)]
+            try:
+                for next_loaded in asyncio.as_completed(loads):
+                    index, mapped = await next_loaded
+                    for piece in _tensor_pieces(index, plan.items[index], mapped):
+                        deadline.check("transfer")
                         yield piece
+            finally:
+                for load in loads:
+                    load.cancel()
+                await asyncio.gather(*loads, return_exceptions=True)
 
     async def plan(self, prompt: Prompt | Chat, deadline: Deadline) -> Plan:
         """Only the planning."""
@@ -112,23 +145,23 @@ class Pipeline:
     # --- admit ------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _admit(self) -> Iterator[None]:
+    def _admit(self, count: int = 1) -> Iterator[None]:
         if self._is_draining:
             raise UnavailableError("the service is stopping", stage="admit", retry_after=RETRY_AFTER)
-        if self._num_pending >= self._max_pending:
+        if self._num_pending + count > self._max_pending:
             raise OverloadedError(
-                f"{self._num_pending} requests are being worked on, as many as are allowed",
+                f"{self._num_pending} requests are being worked on; at most {self._max_pending} are allowed",
                 stage="admit",
                 limit=self._max_pending,
-                actual=self._num_pending + 1,
+                actual=self._num_pending + count,
                 retry_after=RETRY_AFTER,
             )
-        self._num_pending += 1
+        self._num_pending += count
         self._idle.clear()
         try:
             yield
         finally:
-            self._num_pending -= 1
+            self._num_pending -= count
             if not self._num_pending:
                 self._idle.set()
 
@@ -153,6 +186,15 @@ class Pipeline:
         return replace(plan, items=tuple(items))
 
     # --- decode, map, stream, detokenize ----------------------------------------------------------
+
+    async def _run(self, call: GenerateCall, plan: Plan, executor: Executor) -> AsyncGenerator[Delta | Ended]:
+        """One answer."""
+        call.deadline.check("start")
+        with stage("execute", is_remote=True):
+            start = make_start(call, plan, self._checkpoint.fingerprint.digest)
+            with executor.request(start) as remote:
+                async for piece in self._answer(call, plan, remote):
+                    yield piece
 
     async def _answer(self, call: GenerateCall, plan: Plan, remote: RemoteRequest) -> AsyncIterator[Delta | Ended]:
         answer = Answer(self._checkpoint.tokenizer, call.stop, plan, call.sampling.min_tokens)
@@ -204,23 +246,37 @@ class Pipeline:
         if index >= len(plan.items):
             raise InternalError(f"the executor asks for item {index} of {len(plan.items)}", stage="decode")
         item = plan.items[index]
-        mapped = item.mapped or await self._media.load(item, index)
+        _, mapped = await self._load(item, index)
         answer.add_times(mapped.decode_seconds, mapped.map_seconds)
         for tensor_index, name in enumerate(item.tensors):
             remote.send_tensor(index, tensor_index, mapped.tensors[name])
+
+    async def _load(self, item: PlannedItem, index: int) -> tuple[int, MappedItem]:
+        return index, item.mapped or await self._media.load(item, index)
 
 
 def check_call(call: GenerateCall, vocab_size: int) -> None:
     """What can be refused without looking at the input."""
     check_sampling(call.sampling, vocab_size=vocab_size)
     check_count("request_id has {} characters", len(call.request_id), MAX_REQUEST_ID_LENGTH)
-    for index, media in enumerate(call.input.media):
+    check_whole(call.input)
+
+
+def check_whole(prompt: Prompt | Chat) -> None:
+    """InvalidInputError where only the beginning of a file was sent."""
+    for index, media in enumerate(prompt.media):
         if isinstance(media.source, MediaHeader):
             raise InvalidInputError(
-                f"item {index} is only a header: Plan takes those, Generate needs the whole file",
+                f"item {index} is only a header: Plan takes those, Generate and Process need the whole file",
                 stage="admit",
                 item=index,
             )
+
+
+def _tensor_pieces(index: int, item: PlannedItem, mapped: MappedItem) -> Iterator[TensorPiece]:
+    for tensor_index, name in enumerate(item.tensors):
+        for chunk in split_tensor(0, index, tensor_index, tensor_bytes(mapped.tensors[name])):
+            yield TensorPiece(index, tensor_index, chunk.offset, chunk.data)
 
 
 def _late(senders: Sequence[asyncio.Task[None]]) -> DiptychError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
 
@@ -65,8 +66,8 @@ class AnswerReport:
         self._call = call
         self._labels = labels
         self._began = time.perf_counter()
-        self._last: float | None = None
-        self._ended: Ended | None = None
+        self._last: dict[int, float] = {}
+        self._ended: list[Ended] = []
 
     def __enter__(self) -> Self:
         annotate({**self._labels, **_request_attributes(self._call)})
@@ -77,23 +78,23 @@ class AnswerReport:
     ) -> None:
         outcome = {"error.type": "" if error is None else code_of(error)}
         self._reports.duration.record(time.perf_counter() - self._began, {**self._labels, **outcome})
-        if self._ended is not None:
-            self._reports.num_prompt_tokens += self._ended.usage.prompt_tokens
+        if self._ended:
+            self._reports.num_prompt_tokens += self._ended[0].usage.prompt_tokens
             annotate(_response_attributes(self._ended))
 
     def note(self, piece: Delta | Ended) -> None:
         """A piece is about to be sent."""
         if isinstance(piece, Ended):
-            self._ended = piece
+            self._ended.append(piece)
             return
         if not piece.token_ids:
             return
         now = time.perf_counter()
-        if self._last is None:
+        if (last := self._last.get(piece.index)) is not None:
+            self._reports.between_tokens.record(now - last)
+        elif not self._last:
             self._reports.first_token.record(now - self._began, self._labels)
-        else:
-            self._reports.between_tokens.record(now - self._last)
-        self._last = now
+        self._last[piece.index] = now
         self._reports.num_output_tokens += len(piece.token_ids)
 
 
@@ -113,14 +114,16 @@ def _exportable(value: float) -> AttributeValue:
     return value if value <= _MAX_INT64 else str(value)
 
 
-def _response_attributes(ended: Ended) -> dict[str, AttributeValue | list[str]]:
-    reason = tensor_pb2.FinishReason.Name(ended.finish_reason).removeprefix("FINISH_REASON_").lower()
+def _response_attributes(answers: Sequence[Ended]) -> dict[str, AttributeValue | list[str]]:
+    """Of all answers, which share their prompt."""
+    reasons = [tensor_pb2.FinishReason.Name(ended.finish_reason) for ended in answers]
+    usage = answers[0].usage
     return {
-        "gen_ai.response.finish_reasons": [reason],
-        "gen_ai.usage.input_tokens": ended.usage.prompt_tokens,
-        "gen_ai.usage.output_tokens": ended.usage.completion_tokens,
-        "gen_ai.usage.cache_read.input_tokens": ended.usage.cached_tokens,
-        "diptych.usage.image_tokens": ended.usage.image_tokens,
+        "gen_ai.response.finish_reasons": [name.removeprefix("FINISH_REASON_").lower() for name in reasons],
+        "gen_ai.usage.input_tokens": usage.prompt_tokens,
+        "gen_ai.usage.output_tokens": sum(ended.usage.completion_tokens for ended in answers),
+        "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens,
+        "diptych.usage.image_tokens": usage.image_tokens,
     }
 
 

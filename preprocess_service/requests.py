@@ -105,6 +105,8 @@ class GenerateCall:
     stop: tuple[str, ...] = ()
     bad_words: tuple[str, ...] = ()
     deadline: Deadline = Deadline()
+    priority: int | None = None
+    num_answers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,20 +169,32 @@ class Plan:
 
 @dataclass(slots=True)
 class Delta:
-    """A piece of an answer; before the first token, log probabilities of the prompt if they were asked for."""
+    """A piece of answer `index`; before the first token, log probabilities of the prompt if they were asked for."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[tensor_pb2.PositionLogprobs] = field(default_factory=list)
     prompt_logprobs: list[tensor_pb2.PositionLogprobs] = field(default_factory=list)
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPiece:
+    """Bytes of one tensor of item `item_index`, from byte `offset` on."""
+
+    item_index: int
+    tensor_index: int
+    offset: int
+    data: memoryview
 
 
 @dataclass(slots=True)
 class Ended:
-    """The end of an answer; `text` is what was held back until now."""
+    """The end of answer `index`; `text` is what was held back until now."""
 
     text: str
     finish_reason: tensor_pb2.FinishReason
     usage: tensor_pb2.Usage
     times: tensor_pb2.StageTimes
     stop: str | None = None
+    index: int = 0

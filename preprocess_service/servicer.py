@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any, Final
 
-from diptych.service.errors import InvalidInputError, LimitExceededError, NotFoundError, UnimplementedError
+from diptych.service.errors import InvalidInputError, LimitExceededError, NotFoundError
 from diptych.v1 import preprocess_pb2
 from diptych.wire.dtypes import DTYPE_OF_NAME
 from diptych.wire.media import media_info_to_proto, placeholder_to_proto
@@ -24,7 +25,17 @@ from preprocess_service.pipeline import Pipeline
 from preprocess_service.planning import Checkpoint
 from preprocess_service.reading import read_input
 from preprocess_service.reports import PreprocessReports
-from preprocess_service.requests import Chat, Deadline, Delta, Ended, GenerateCall, Plan, PlannedItem, Prompt
+from preprocess_service.requests import (
+    Chat,
+    Deadline,
+    Delta,
+    Ended,
+    GenerateCall,
+    Plan,
+    PlannedItem,
+    Prompt,
+    TensorPiece,
+)
 
 MAX_ANSWERS: Final = 128
 
@@ -51,7 +62,6 @@ class PreprocessServicer:
     ) -> AsyncIterator[preprocess_pb2.GenerateResponse]:
         """Stream the answer."""
         self._check_model(request)
-        check_served_fields(request)
         check_texts("stop", "stop string", request.stop, MAX_STOP_STRINGS, MAX_STOP_LENGTH)
         check_texts("bad_words", "bad word", request.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH)
         call = GenerateCall(
@@ -61,15 +71,14 @@ class PreprocessServicer:
             stop=tuple(request.stop),
             bad_words=tuple(request.bad_words),
             deadline=Deadline.after(context.time_remaining()),
+            priority=request.priority if request.HasField("priority") else None,
+            num_answers=_check_n(request.n) if request.HasField("n") else 1,
         )
-        pieces = self._pipeline.generate(call)
         with self._reports.answer(call) as report:
-            try:
+            async with aclosing(self._pipeline.generate(call)) as pieces:
                 async for piece in pieces:
                     report.note(piece)
                     yield generate_response(piece)
-            finally:
-                await pieces.aclose()  # type: ignore[attr-defined]
 
     async def Plan(self, request: preprocess_pb2.PlanRequest, context: Any) -> preprocess_pb2.PlanResponse:  # noqa: N802
         """Plan from headers."""
@@ -80,9 +89,12 @@ class PreprocessServicer:
     async def Process(  # noqa: N802
         self, request: preprocess_pb2.ProcessRequest, context: Any
     ) -> AsyncIterator[preprocess_pb2.ProcessResponse]:
-        """Not served yet."""
-        raise UnimplementedError("Process is not served yet", stage="admit", method="Process")
-        yield  # type: ignore[unreachable]  # makes this a stream
+        """Stream the plan and the tensors."""
+        self._check_model(request)
+        deadline = Deadline.after(context.time_remaining())
+        async with aclosing(self._pipeline.process(self._read_input(request), deadline)) as pieces:
+            async for piece in pieces:
+                yield process_response(piece)
 
     async def Tokenize(  # noqa: N802
         self, request: preprocess_pb2.TokenizeRequest, context: Any
@@ -140,15 +152,7 @@ class PreprocessServicer:
             )
 
 
-def check_served_fields(request: preprocess_pb2.GenerateRequest) -> None:
-    """Fields of the contract that are not served yet are UNIMPLEMENTED, never ignored."""
-    if request.HasField("n"):
-        _check_n(request.n)
-    if request.HasField("priority"):
-        raise UnimplementedError("priority is not served yet", stage="admit", field="priority")
-
-
-def _check_n(n: int) -> None:
+def _check_n(n: int) -> int:
     if not 1 <= n <= MAX_ANSWERS:
         raise LimitExceededError(
             f"n is {n}; it must be at least 1 and at most {MAX_ANSWERS}",
@@ -157,15 +161,14 @@ def _check_n(n: int) -> None:
             actual=n,
             field="n",
         )
-    if n > 1:
-        raise UnimplementedError(f"n is {n}; more than one answer is not served yet", stage="admit", field="n")
+    return n
 
 
 def generate_response(piece: Delta | Ended) -> preprocess_pb2.GenerateResponse:
     """A piece of an answer as a message."""
     if isinstance(piece, Delta):
         return preprocess_pb2.GenerateResponse(
-            index=0,
+            index=piece.index,
             text=piece.text,
             token_ids=piece.token_ids,
             logprobs=piece.logprobs,
@@ -174,7 +177,17 @@ def generate_response(piece: Delta | Ended) -> preprocess_pb2.GenerateResponse:
     final = preprocess_pb2.GenerateFinal(
         finish_reason=piece.finish_reason, usage=piece.usage, times=piece.times, stop=piece.stop
     )
-    return preprocess_pb2.GenerateResponse(index=0, text=piece.text, final=final)
+    return preprocess_pb2.GenerateResponse(index=piece.index, text=piece.text, final=final)
+
+
+def process_response(piece: Plan | TensorPiece) -> preprocess_pb2.ProcessResponse:
+    """The plan, or bytes of a tensor, as a message."""
+    if isinstance(piece, Plan):
+        return preprocess_pb2.ProcessResponse(plan=plan_response(piece))
+    chunk = preprocess_pb2.ProcessedChunk(
+        item_index=piece.item_index, tensor_index=piece.tensor_index, offset=piece.offset, data=bytes(piece.data)
+    )
+    return preprocess_pb2.ProcessResponse(chunk=chunk)
 
 
 def plan_response(plan: Plan) -> preprocess_pb2.PlanResponse:

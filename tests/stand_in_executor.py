@@ -53,6 +53,7 @@ class StandInExecutor:
         self.window = 1 << 20
         self.delay = 0.0
         self.accepting = True
+        self.num_running = 0
         self.requests: list[Live] = []
         self.num_streams = 0
         self.order: list[tuple[str, int]] = []
@@ -86,7 +87,7 @@ class StandInExecutor:
         self, request: executor_pb2.WatchLoadRequest, context: Any
     ) -> AsyncIterator[executor_pb2.WatchLoadResponse]:
         while True:
-            yield executor_pb2.WatchLoadResponse(accepting=self.accepting)
+            yield executor_pb2.WatchLoadResponse(accepting=self.accepting, num_running=self.num_running)
             await asyncio.sleep(0.02)
 
     async def Execute(  # noqa: N802

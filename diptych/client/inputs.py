@@ -22,7 +22,9 @@ _MODALITY_OF_SUFFIX: Final = {
     **dict.fromkeys((".wav", ".flac", ".ogg", ".oga", ".opus"), "audio"),
     **dict.fromkeys((".mp4", ".m4v", ".mov"), "video"),
 }
-RequestT = TypeVar("RequestT", preprocess_pb2.GenerateRequest, preprocess_pb2.PlanRequest)
+RequestT = TypeVar(
+    "RequestT", preprocess_pb2.GenerateRequest, preprocess_pb2.PlanRequest, preprocess_pb2.ProcessRequest
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +187,11 @@ def generate_request(prompt: Prompt | Chat, options: GenerateOptions) -> preproc
 def plan_request(prompt: Prompt | Chat, model: str | None) -> preprocess_pb2.PlanRequest:
     """The message of a plan."""
     return _with_input(preprocess_pb2.PlanRequest(model=model), prompt)
+
+
+def process_request(prompt: Prompt | Chat, model: str | None) -> preprocess_pb2.ProcessRequest:
+    """The message that asks for tensors."""
+    return _with_input(preprocess_pb2.ProcessRequest(model=model), prompt)
 
 
 def _with_input(request: RequestT, prompt: Prompt | Chat) -> RequestT:

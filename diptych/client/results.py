@@ -39,13 +39,14 @@ class Final:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of an answer; the last one has `final`, those before the first token `prompt_logprobs`, if asked for."""
+    """A piece of answer `index`; its last has `final`, those before its first token `prompt_logprobs`, if asked for."""
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[Logprobs, ...]
     final: Final | None
     prompt_logprobs: tuple[Logprobs, ...] = ()
+    index: int = 0
 
 
 @dataclass(slots=True)
@@ -99,6 +100,24 @@ class Plan:
 
     prompt_token_ids: list[int]
     items: tuple[Item, ...]
+
+
+@dataclass(slots=True)
+class Processed:
+    """A plan and the bytes of its tensors: `tensors[item][name]`, row-major and little-endian, as the plan says."""
+
+    plan: Plan = field(default_factory=lambda: Plan([], ()))
+    tensors: list[dict[str, bytearray]] = field(default_factory=list)
+
+    def add(self, message: preprocess_pb2.ProcessResponse) -> None:
+        """Take one message of the stream: first the plan, then pieces in order."""
+        if message.HasField("plan"):
+            self.plan = plan_from_proto(message.plan)
+            self.tensors = [{tensor.name: bytearray() for tensor in item.tensors} for item in self.plan.items]
+        else:
+            chunk = message.chunk
+            name = self.plan.items[chunk.item_index].tensors[chunk.tensor_index].name
+            self.tensors[chunk.item_index][name] += chunk.data
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +178,7 @@ def piece_from_proto(message: preprocess_pb2.GenerateResponse) -> Piece:
         tuple(_logprobs(message.logprobs)),
         final,
         tuple(_logprobs(message.prompt_logprobs)),
+        message.index,
     )
 
 

@@ -33,8 +33,14 @@ class Engine:
     @property
     def load(self) -> Load:
         """Requests and blocks right now."""
-        blocks = self.scheduler.blocks
-        return Load(len(self.scheduler.running), len(self.scheduler.waiting), blocks.num_used_blocks, blocks.num_blocks)
+        scheduler, blocks = self.scheduler, self.scheduler.blocks
+        return Load(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_used_blocks=blocks.num_used_blocks,
+            num_blocks=blocks.num_blocks,
+            num_preemptions=scheduler.num_preemptions,
+        )
 
     def add(self, request: Request) -> None:
         """Queue a request."""

@@ -215,12 +215,13 @@ class Finished:
 
 @dataclass(frozen=True)
 class Load:
-    """The engine's load after a step."""
+    """The engine's load after a step; `num_preemptions` since its start."""
 
     num_running: int
     num_waiting: int
     num_used_blocks: int
     num_blocks: int
+    num_preemptions: int = 0
 
 
 @dataclass

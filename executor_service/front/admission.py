@@ -30,7 +30,15 @@ from registry import ItemLayout, MediaInfo, PlaceholderRange, TensorSpec
 from registry.errors import MediaError, RegistryError
 from registry.family import ModelFamily
 
+MAX_REQUEST_ID_LENGTH: Final = 128
 DIGEST_BYTES: Final = 32
+_FACTS: Final = {
+    "image": ("height", "width"),
+    "video": ("height", "width", "num_frames", "frame_rate"),
+    "audio": ("num_samples", "sample_rate"),
+}
+"""What a header says, by modality."""
+_ALL_FACTS: Final = frozenset(name for names in _FACTS.values() for name in names)
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,7 @@ class Admission:
     def admit(self, start: executor_pb2.Start) -> AdmittedRequest:
         """The request, or the DiptychError it is refused with."""
         self._check_fingerprint(start.fingerprint)
+        _check_request_id(start.request_id)
         token_ids = np.fromiter(start.prompt_token_ids, dtype=np.int64, count=len(start.prompt_token_ids))
         self._check_length(len(token_ids))
         items = self._attest_items(start.items, token_ids)
@@ -278,6 +287,16 @@ class Admission:
         )
 
 
+def _check_request_id(request_id: str) -> None:
+    if len(request_id) > MAX_REQUEST_ID_LENGTH:
+        raise LimitExceededError(
+            f"request_id has {len(request_id)} characters; at most {MAX_REQUEST_ID_LENGTH} are allowed",
+            stage="admit",
+            limit=MAX_REQUEST_ID_LENGTH,
+            actual=len(request_id),
+        )
+
+
 def _admitted(
     message: executor_pb2.MediaItem,
     info: MediaInfo,
@@ -316,10 +335,17 @@ def _check_range(index: int, message: tensor_pb2.PlaceholderRange, earliest: int
 
 
 def _check_facts(index: int, info: MediaInfo) -> None:
-    """Every fact of the modality is there and above zero."""
-    names = {"image": ("height", "width"), "video": ("height", "width", "num_frames", "frame_rate")}
-    for name in names.get(info.modality, ("num_samples", "sample_rate")):
+    """Every fact of the modality is there and above zero, and none of another modality."""
+    names = _FACTS[info.modality]
+    for name in names:
         value = getattr(info, name)
         if not value or not 0 < value < float("inf"):
             what = name if info.modality != "image" else "height or width"
             raise InvalidInputError(f"item {index} lacks its {what}", stage=STAGE, item=index)
+    for name in _ALL_FACTS - set(names):
+        if getattr(info, name) is not None:
+            raise InvalidInputError(
+                f"item {index} claims {name} {getattr(info, name):g}, which {info.modality} items do not have",
+                stage=STAGE,
+                item=index,
+            )

@@ -143,14 +143,19 @@ class Front:
         span = self._reports.begin(start)
         try:
             admitted = self._admit(start)
-        except DiptychError as error:
+        except Exception as error:
             self._reports.refuse(span, error)
             raise
         request = FrontRequest(self._next_number, handle, outlet, admitted, span)
         self._next_number += 1
         self._requests[request.number] = request
         self._set_deadline(request)
-        self._reception.begin(request) if admitted.items else self._submit(request)
+        try:
+            self._reception.begin(request) if admitted.items else self._submit(request)
+        except Exception:
+            request.error = InternalError("the request could not be begun", stage="receive")
+            self._close(request)  # its stream does not know it yet
+            raise
         return request
 
     def _admit(self, start: executor_pb2.Start) -> AdmittedRequest:
@@ -175,6 +180,10 @@ class Front:
             self._reception.receive(request, chunk)
         except DiptychError as error:
             self.end(request, error)
+
+    def end_of_chunks(self, request: FrontRequest) -> None:
+        """No more chunks come on the request's stream."""
+        self._reception.end_of_chunks(request)
 
     def cancel(self, request: FrontRequest) -> None:
         """The client does not want it any more."""
@@ -202,19 +211,19 @@ class Front:
         self.end(request, DeadlineError(f"the deadline passed in stage {request.stage}", stage=request.stage))
 
     def _submit(self, request: FrontRequest) -> None:
+        admitted = request.admitted
+        submit = Submit(
+            request.number,
+            admitted.prompt_token_ids,
+            self._reception.slots(request),
+            admitted.sampling,
+            admitted.priority,
+            admitted.output_token_ids,
+        )
+        # From here on only the engine can end it.
         request.received = time.monotonic()
         request.is_at_engine = True
-        admitted = request.admitted
-        self._link.send(
-            Submit(
-                request.number,
-                admitted.prompt_token_ids,
-                self._reception.slots(request),
-                admitted.sampling,
-                admitted.priority,
-                admitted.output_token_ids,
-            )
-        )
+        self._link.send(submit)
 
     def end(self, request: FrontRequest, error: DiptychError) -> None:
         """End a request with an error; at the engine it is aborted first, and reported when its blocks are free."""

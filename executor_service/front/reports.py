@@ -9,7 +9,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Final
 
-from diptych.service.errors import DiptychError
+from diptych.service.errors import DiptychError, InternalError
 from diptych.service.telemetry import RequestSpan, Telemetry
 from diptych.service.telemetry import metrics as catalogue
 from diptych.v1 import executor_pb2
@@ -53,9 +53,10 @@ class FrontReports:
             )
         return span
 
-    def refuse(self, span: RequestSpan, error: DiptychError) -> None:
+    def refuse(self, span: RequestSpan, error: Exception) -> None:
         """The Start was not admitted."""
-        self._end(span, error)
+        typed = error if isinstance(error, DiptychError) else InternalError("unexpected error", stage="admit")
+        self._end(span, typed)
 
     def end(self, request: FrontRequest, finished: Finished | None) -> None:
         """A request has ended; `finished` is what the engine says of it, None: it did not come to that."""

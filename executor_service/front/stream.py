@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator
 from itertools import count
 
-from diptych.service.errors import DiptychError, InvalidInputError
+from diptych.service.errors import DiptychError, InternalError, InvalidInputError
 from diptych.v1 import executor_pb2, tensor_pb2
 from diptych.wire.framing import ItemChunk
 from executor_service.engine.messages import TokenLogprobs
@@ -16,6 +17,7 @@ from executor_service.front.front import Front
 from executor_service.front.item_store import Sender
 from executor_service.front.request import FrontRequest
 
+LOG = logging.getLogger("diptych.executor")
 MAX_ENDED_HANDLES = 65536
 """Handles a stream remembers after their Final, so that late chunks are told from wrong ones."""
 
@@ -35,7 +37,8 @@ class ExecuteStream:
         self._finals: list[executor_pb2.Final] = []
         self._step = executor_pb2.StepOutputs()
         self._news = asyncio.Event()
-        self._is_half_closed = False
+        self.is_half_closed = False
+        self._failure: Exception | None = None
 
     # --- reading ------------------------------------------------------------------------------------
 
@@ -44,11 +47,22 @@ class ExecuteStream:
         try:
             self._dispatch(request)
         except DiptychError as error:
-            self.put_final(executor_pb2.Final(handle=request.handle, status=error.to_status()))
+            self._end(request.handle, error)
+        except Exception:
+            LOG.exception("unexpected error with a message for handle %d", request.handle)
+            stage = "receive" if isinstance(request, ItemChunk) else "admit"
+            self._end(request.handle, InternalError("internal error; the executor's log has the details", stage=stage))
 
     def half_close(self) -> None:
         """The sender has nothing more to say; what runs is answered to its end."""
-        self._is_half_closed = True
+        self.is_half_closed = True
+        for request in list(self._live.values()):
+            self._front.end_of_chunks(request)
+        self._news.set()
+
+    def fail(self, error: Exception) -> None:
+        """The stream cannot be read any further: `responses` ends with this error."""
+        self._failure = error
         self._news.set()
 
     def lose(self) -> None:
@@ -77,7 +91,15 @@ class ExecuteStream:
             return
         self._ended.pop(handle, None)
         request = self._front.open(handle, start, self)
-        self._live[handle] = request
+        if request.error is None:
+            self._live[handle] = request
+
+    def _end(self, handle: int, error: DiptychError) -> None:
+        """End a request whether it had got as far as the front or not."""
+        if (request := self._live.get(handle)) is not None:
+            self._front.end(request, error)
+        else:
+            self.put_final(executor_pb2.Final(handle=handle, status=error.to_status()))
 
     def _find(self, handle: int, what: str) -> FrontRequest | None:
         """The live request; None if it has just ended; InvalidInputError if there never was one."""
@@ -126,11 +148,13 @@ class ExecuteStream:
         self._finals.clear()
 
     async def responses(self) -> AsyncIterator[executor_pb2.ExecuteResponse]:
-        """What goes back, until the sender has half-closed and every request has its Final."""
+        """What goes back, until the sender has half-closed and every request has its Final; raises what `fail` got."""
         while True:
             while self._outgoing:
                 yield self._outgoing.popleft()
-            if self._is_half_closed and not self._live:
+            if self._failure is not None:
+                raise self._failure
+            if self.is_half_closed and not self._live:
                 return
             await self._news.wait()
             self._news.clear()

@@ -21,6 +21,7 @@ def make_start(call: GenerateCall, plan: Plan, fingerprint_digest: bytes) -> exe
         sampling=call.sampling,
         traceparent=trace.get(TRACEPARENT),
         tracestate=trace.get(TRACESTATE),
+        priority=call.priority,
     )
     if (seconds := call.deadline.time_left) is not None:
         start.time_left.FromNanoseconds(int(seconds * 1e9))

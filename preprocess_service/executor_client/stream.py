@@ -39,7 +39,6 @@ class ExecutorStream:
         self._on_sent = on_sent
         self._call: Any = channel.stream_stream(
             EXECUTE,
-            request_serializer=encode_request,
             response_deserializer=executor_pb2.ExecuteResponse.FromString,
         )()
         self._outbox = Outbox()
@@ -89,11 +88,15 @@ class ExecutorStream:
         try:
             while True:
                 message = await self._outbox.next()
-                await self._call.write(message)
+                # Encoded here, for grpc would log a failure and go on without the message.
+                await self._call.write(encode_request(message))
                 if isinstance(message, ItemChunk):
                     self._on_sent(len(message.data))
         except (grpc.RpcError, asyncio.InvalidStateError):
             return  # the reader learns why
+        except Exception:
+            LOG.exception("unexpected error while sending to executor %s", self._address)
+            self._lose("a message could not be sent to it")
 
     def _new_handle(self) -> int:
         while self._next_handle in self._requests:
@@ -115,6 +118,9 @@ class ExecutorStream:
             # A cancelled call and a cancelled task look the same here; only the latter is passed on.
             if not self._call.cancelled():
                 raise
+        except Exception:
+            LOG.exception("unexpected answer of executor %s", self._address)
+            self._lose("its answer cannot be understood")
         else:
             self._lose("it closed the stream")
 
@@ -152,6 +158,7 @@ class ExecutorStream:
     def _lose(self, reason: str) -> None:
         was_open, self.is_open = self.is_open, False
         self._writer.cancel()
+        self._call.cancel()  # where we are the ones who give up, the executor is to know
         requests, self._requests = list(self._requests.values()), {}
         for request in requests:
             request.lose(self._lost_error(reason))

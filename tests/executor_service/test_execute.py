@@ -164,6 +164,15 @@ LIES = {
         lambda s: setattr(s.items[0], "media_digest", b"x"), "INVALID_ARGUMENT", "attest", "SHA-256 has 32",
     ),
     "inline bytes": (set_tensor(data=b"x" * 17), "INVALID_ARGUMENT", "attest", "has 17 bytes"),
+    "request id": (
+        lambda s: setattr(s, "request_id", "x" * 129), "INVALID_ARGUMENT", "admit", "129 characters; at most 128",
+    ),
+    "frames of an image": (
+        lambda s: setattr(s.items[0].info, "num_frames", 7), "INVALID_ARGUMENT", "attest", "claims num_frames 7",
+    ),
+    "rate of an image": (
+        lambda s: setattr(s.items[0].info, "sample_rate", 0), "INVALID_ARGUMENT", "attest", "claims sample_rate 0",
+    ),
 }  # fmt: skip
 
 

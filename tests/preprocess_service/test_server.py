@@ -12,7 +12,6 @@ import pytest
 from google.rpc import code_pb2, status_pb2
 
 from diptych.client import AsyncClient, Chat, Media, Message, Prompt, RequestError
-from diptych.service.errors import IncompatibleError
 from diptych.service.lifecycle import running
 from diptych.v1 import preprocess_pb2
 from diptych.v1.preprocess_pb2_grpc import PreprocessServiceStub
@@ -20,7 +19,6 @@ from preprocess_service.planning import Checkpoint
 from preprocess_service.server import SERVICE_NAME, PreprocessServer
 from preprocess_service.settings import PreprocessSettings
 from registry import MediaInfo, MediaItem
-from registry.fingerprint import Fingerprint
 from tests.stand_in_executor import StandInExecutor, eventually
 from tests.tiny_checkpoint import data_url, encoded, picture
 
@@ -141,69 +139,6 @@ async def test_logprobs_are_parallel_to_tokens(client: AsyncClient) -> None:
     answer = await client.generate(Prompt("some words"), max_tokens=4, logprobs=1)
     assert [entry.token_id for entry in answer.logprobs] == answer.token_ids
     assert answer.logprobs[0].top == ((answer.token_ids[0], -1.5),)
-
-
-async def test_prompt_logprobs_come_before_the_answer(client: AsyncClient, executor: StandInExecutor) -> None:
-    pieces = [piece async for piece in client.stream(Prompt("some words"), max_tokens=2, prompt_logprobs=1)]
-    prompt = list(executor.requests[-1].start.prompt_token_ids)
-    assert [entry.token_id for piece in pieces for entry in piece.prompt_logprobs] == prompt[1:]
-    first = next(index for index, piece in enumerate(pieces) if piece.token_ids)
-    assert not any(piece.prompt_logprobs for piece in pieces[first + 1 :])
-    answer = await client.generate(Prompt("some words"), max_tokens=2, prompt_logprobs=1)
-    assert [(entry.token_id, entry.logprob) for entry in answer.prompt_logprobs] == [(t, -2.5) for t in prompt[1:]]
-    assert answer.logprobs == []
-
-
-async def test_every_parameter_reaches_the_executor(client: AsyncClient, executor: StandInExecutor) -> None:
-    """As it was set, and unset where it was not."""
-    options = {
-        "min_p": 0.25, "prompt_logprobs": 0, "repetition_penalty": 1.5, "presence_penalty": -0.5,
-        "frequency_penalty": 0.5, "logit_bias": {3: 1.5, 4: -100.0}, "min_tokens": 1, "bad_words": [[7, 8]],
-    }  # fmt: skip
-    await client.generate(Prompt("x"), max_tokens=1, **options)  # type: ignore[arg-type]
-    sampling = executor.requests[-1].start.sampling
-    for name in (
-        "min_p",
-        "prompt_logprobs",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-        "min_tokens",
-    ):
-        assert sampling.HasField(name)
-        assert getattr(sampling, name) == options[name]
-    assert dict(sampling.logit_bias) == options["logit_bias"]
-    assert [list(sequence.token_ids) for sequence in sampling.bad_words] == [[7, 8]]
-    await client.generate(Prompt("x"))
-    assert executor.requests[-1].start.sampling.ListFields() == []
-
-
-async def test_bad_words_become_token_sequences(
-    client: AsyncClient, executor: StandInExecutor, checkpoint: Checkpoint
-) -> None:
-    """Each word as a text begins with it and as it follows a space; a leading space of its own is not doubled."""
-    await client.generate(Prompt("x"), max_tokens=1, bad_words=["fox", " dog", [9], "fox", "図"])
-    found = [list(sequence.token_ids) for sequence in executor.requests[-1].start.sampling.bad_words]
-    expected = [words(checkpoint, text) for text in ("fox", " fox", "dog", " dog", "図", " 図")]
-    assert found == [[9], *expected]
-    for text in (" ", "  "):
-        await client.generate(Prompt("x"), max_tokens=1, bad_words=[text])
-        found = [list(sequence.token_ids) for sequence in executor.requests[-1].start.sampling.bad_words]
-        assert words(checkpoint, text) in found
-
-
-async def test_stop_strings_wait_for_min_tokens(
-    client: AsyncClient, executor: StandInExecutor, checkpoint: Checkpoint
-) -> None:
-    text = "a STOP b STOP c"
-    script = words(checkpoint, text)
-    executor.script = lambda start: script
-    first = next(n for n in range(1, len(script)) if "STOP" in checkpoint.tokenizer.decode(script[:n]))
-    for min_tokens, expected in ((0, "a "), (first - 1, "a "), (first, "a STOP b "), (len(script), text)):
-        answer = await client.generate(Prompt("x"), stop=["STOP"], min_tokens=min_tokens)
-        assert answer.text == expected, min_tokens
-        assert answer.final is not None
-        assert answer.final.stop == (None if expected == text else "STOP")
 
 
 async def test_a_client_that_goes_away_cancels(client: AsyncClient, executor: StandInExecutor) -> None:
@@ -382,46 +317,6 @@ async def test_list_models(client: AsyncClient, checkpoint: Checkpoint) -> None:
 async def test_health(client: AsyncClient) -> None:
     assert await client.health() == "SERVING"
     assert await client.health(SERVICE_NAME) == "SERVING"
-
-
-async def test_an_incompatible_executor_ends_the_boot(checkpoint_dir: Path, checkpoint: Checkpoint) -> None:
-    parts = {**checkpoint.fingerprint.parts, "item layout": b"other"}
-    other = StandInExecutor(Fingerprint(b"x" * 32, parts, checkpoint.fingerprint.probes))
-    await other.start()
-    settings = PreprocessSettings(model=checkpoint_dir, port=0, executor=other.address)
-    with pytest.raises(IncompatibleError, match="disagree with this service on: item layout"):
-        async with running(PreprocessServer(settings)):
-            pass
-    await other.stop()
-
-
-async def test_executors_come_and_go(checkpoint_dir: Path, checkpoint: Checkpoint) -> None:
-    first = StandInExecutor(checkpoint.fingerprint)
-    await first.start()
-    port = int(first.address.rsplit(":", 1)[1])
-    settings = PreprocessSettings(model=checkpoint_dir, port=0, executor=f"127.0.0.1:1,{first.address}")
-    async with running(PreprocessServer(settings)) as server, AsyncClient(server.address) as client:
-        first.delay = 0.05
-        stream = client.stream(Prompt("words and more words and more"))
-        await anext(stream)
-        await first.stop()
-        with pytest.raises(RequestError) as caught:
-            async for _ in stream:
-                pass
-        assert (caught.value.code, caught.value.details["stage"]) == ("UNAVAILABLE", "executor")
-        error = await failure(client, Prompt("x"))
-        assert (error.code, error.details["retryable"]) == ("UNAVAILABLE", "true")
-        assert await client.health() == "SERVING"
-        assert await client.health(SERVICE_NAME) == "NOT_SERVING"
-        assert (await client.plan(Prompt("still plans"))).prompt_token_ids
-        second = StandInExecutor(checkpoint.fingerprint)
-        await second.start(port)
-        for _ in range(500):
-            if await client.health(SERVICE_NAME) == "SERVING":
-                break
-            await asyncio.sleep(0.02)
-        assert (await client.generate(Prompt("again"), max_tokens=1)).final is not None
-        await second.stop()
 
 
 async def test_draining_lets_running_requests_end(checkpoint_dir: Path, checkpoint: Checkpoint) -> None:
