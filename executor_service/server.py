@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from typing import Final
 
 from diptych.service.errors import UnavailableError
 from diptych.service.lifecycle import GrpcFrame
 from diptych.service.settings import describe
+from diptych.service.telemetry import Telemetry
 from executor_service.front.front import Front
 from executor_service.servicer import SERVICE_NAME, ExecutorServicer, add_to_server
 from executor_service.settings import ExecutorSettings
@@ -15,6 +18,8 @@ from registry.families import open_family
 from registry.family import ModelFamily
 
 LOG = logging.getLogger("diptych.executor")
+UNWATCHED: Final = ("WatchLoad",)
+"""It lasts as long as its peer."""
 
 
 class ExecutorServer:
@@ -24,12 +29,18 @@ class ExecutorServer:
         self.settings = settings
         self._frame: GrpcFrame | None = None
         self._front: Front | None = None
+        self._telemetry = Telemetry(settings.telemetry("diptych-executor"))
         self._address = ""
 
     @property
     def address(self) -> str:
         """HOST:PORT it listens on."""
         return self._address
+
+    @property
+    def metrics_address(self) -> str | None:
+        """HOST:PORT of the Prometheus endpoint, if there is one."""
+        return self._telemetry.metrics_address
 
     @property
     def front(self) -> Front:
@@ -48,8 +59,9 @@ class ExecutorServer:
             int(settings.media_memory),
             settings.max_requests,
             settings.receive_timeout,
+            self._telemetry,
         )
-        self._frame = GrpcFrame(settings.host, settings.port, SERVICE_NAME)
+        self._frame = GrpcFrame(settings.host, settings.port, SERVICE_NAME, self._telemetry, UNWATCHED, settings.debug)
         add_to_server(ExecutorServicer(self._front, settings.model_name), self._frame.server)
         self._address = await self._frame.start()
         await self._front.start()
@@ -68,6 +80,7 @@ class ExecutorServer:
             await self._frame.stop(1.0)
         if self._front is not None:
             await self._front.stop()
+        await asyncio.to_thread(self._telemetry.close)
 
     async def wait_failed(self) -> str:
         """Returns when the engine has died; health is NOT_SERVING by then."""

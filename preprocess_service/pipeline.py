@@ -23,6 +23,7 @@ from diptych.service.errors import (
     UnavailableError,
 )
 from diptych.service.sampling import check_sampling
+from diptych.service.telemetry import stage
 from diptych.wire.framing import split_tensor, tensor_bytes
 from preprocess_service.answer import Answer
 from preprocess_service.bad_words import with_bad_words
@@ -77,6 +78,11 @@ class Pipeline:
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_draining = False
+
+    @property
+    def num_pending(self) -> int:
+        """Requests that are worked on."""
+        return self._num_pending
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Delta | Ended]:
         """The answer in pieces, and its end."""
@@ -165,9 +171,10 @@ class Pipeline:
         self, prompt: Prompt | Chat, deadline: Deadline, make_plan: Callable[[Prompt | Chat], Plan]
     ) -> Plan:
         deadline.check("plan")
-        if _is_small(prompt):
-            return make_plan(prompt)
-        return await asyncio.to_thread(make_plan, prompt)
+        with stage("plan"):
+            if _is_small(prompt):
+                return make_plan(prompt)
+            return await asyncio.to_thread(make_plan, prompt)
 
     async def _map_ahead(self, plan: Plan) -> Plan:
         """Map the items whose family has no layout: only then is known what tensors Start is to announce."""
@@ -183,10 +190,11 @@ class Pipeline:
     async def _run(self, call: GenerateCall, plan: Plan, executor: Executor) -> AsyncGenerator[Delta | Ended]:
         """One answer."""
         call.deadline.check("start")
-        start = make_start(call, plan, self._checkpoint.fingerprint.digest)
-        with executor.request(start) as remote:
-            async for piece in self._answer(call, plan, remote):
-                yield piece
+        with stage("execute", is_remote=True):
+            start = make_start(call, plan, self._checkpoint.fingerprint.digest)
+            with executor.request(start) as remote:
+                async for piece in self._answer(call, plan, remote):
+                    yield piece
 
     async def _answer(self, call: GenerateCall, plan: Plan, remote: RemoteRequest) -> AsyncIterator[Delta | Ended]:
         answer = Answer(self._checkpoint.tokenizer, call.stop, plan, call.sampling.min_tokens)
@@ -272,8 +280,8 @@ def _tensor_pieces(index: int, item: PlannedItem, mapped: MappedItem) -> Iterato
 
 
 def _late(senders: Sequence[asyncio.Task[None]]) -> DiptychError:
-    stage = "generate" if all(sender.done() for sender in senders) else "decode"
-    return DeadlineError(f"the deadline passed in stage {stage!r}", stage=stage)
+    where = "generate" if all(sender.done() for sender in senders) else "decode"
+    return DeadlineError(f"the deadline passed in stage {where!r}", stage=where)
 
 
 def _is_small(prompt: Prompt | Chat) -> bool:

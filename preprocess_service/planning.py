@@ -15,6 +15,7 @@ from typing import Final
 
 from diptych.service.errors import InvalidInputError, LimitExceededError, UnimplementedError
 from diptych.service.media_errors import from_media_error
+from diptych.service.telemetry import stage
 from preprocess_service.chat import ChatRenderer
 from preprocess_service.limits import DEFAULT_MAX_PROMPT_BYTES, check_text_size, num_text_bytes
 from preprocess_service.media.probe import Probed, Prober
@@ -93,22 +94,32 @@ class Planner:
         start = time.perf_counter()
         limits = self._limits()
         self._check_input(prompt, limits)
-        sources = [fetch(media, index, self._max_media_bytes) for index, media in enumerate(prompt.media)]
-        probed = [
-            self._prober.probe(media.modality, source, index)
-            for index, (media, source) in enumerate(zip(prompt.media, sources, strict=True))
-        ]
-        for index, item in enumerate(probed):
-            _check_size(item.info, index, limits)
-        expanded = self._expand(self._tokenize(prompt, limits), [item.info for item in probed])
-        _check_length(len(expanded.prompt_token_ids), limits)
-        items = [
-            self._planned_item(item, source, placeholder, expanded.prompt_token_ids)
-            for item, source, placeholder in zip(probed, sources, expanded.placeholders, strict=True)
-        ]
+        sources, probed = self._look_at(prompt.media, limits) if prompt.media else ([], [])
+        with stage("tokenize"):
+            token_ids = self._tokenize(prompt, limits)
+        with stage("expand"):
+            expanded = self._expand(token_ids, [item.info for item in probed])
+            _check_length(len(expanded.prompt_token_ids), limits)
+            items = [
+                self._planned_item(item, source, placeholder, expanded.prompt_token_ids)
+                for item, source, placeholder in zip(probed, sources, expanded.placeholders, strict=True)
+            ]
         return Plan(expanded.prompt_token_ids, tuple(items), time.perf_counter() - start)
 
     # --- stages -----------------------------------------------------------------------------------
+
+    def _look_at(self, media: Sequence[Media], limits: RequestLimits) -> tuple[list[bytes | MediaHeader], list[Probed]]:
+        """Every item's bytes, and what its header says."""
+        with stage("fetch"):
+            sources = [fetch(item, index, self._max_media_bytes) for index, item in enumerate(media)]
+        with stage("probe"):
+            probed = [
+                self._prober.probe(item.modality, source, index)
+                for index, (item, source) in enumerate(zip(media, sources, strict=True))
+            ]
+            for index, found in enumerate(probed):
+                _check_size(found.info, index, limits)
+        return sources, probed
 
     def _check_input(self, prompt: Prompt | Chat, limits: RequestLimits) -> None:
         is_empty = not prompt.messages if isinstance(prompt, Chat) else not prompt.text

@@ -105,7 +105,6 @@ class GenerateCall:
     stop: tuple[str, ...] = ()
     bad_words: tuple[str, ...] = ()
     deadline: Deadline = Deadline()
-    traceparent: str | None = None
     priority: int | None = None
     num_answers: int = 1
 

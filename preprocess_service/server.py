@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any, Final
+from typing import Final
 
 from diptych.service.errors import InvalidInputError
 from diptych.service.lifecycle import GrpcFrame
 from diptych.service.settings import describe
+from diptych.service.telemetry import Telemetry
 from diptych.v1.preprocess_pb2_grpc import add_PreprocessServiceServicer_to_server
 from preprocess_service.executor_client import ExecutorPool
 from preprocess_service.media.decode import MediaWorkers
 from preprocess_service.pipeline import Pipeline
 from preprocess_service.planning import Checkpoint, Planner
+from preprocess_service.reports import PreprocessReports
 from preprocess_service.servicer import PreprocessServicer
 from preprocess_service.settings import PreprocessSettings
 from registry.errors import RegistryError
@@ -31,7 +33,8 @@ class PreprocessServer:
 
     def __init__(self, settings: PreprocessSettings) -> None:
         self._settings = settings
-        self._frame = GrpcFrame(settings.host, settings.port, SERVICE_NAME)
+        self._telemetry = Telemetry(settings.telemetry("diptych-preprocess"))
+        self._frame = GrpcFrame(settings.host, settings.port, SERVICE_NAME, self._telemetry, debug=settings.debug)
         self._address = ""
         self._executors: ExecutorPool | None = None
         self._media: MediaWorkers | None = None
@@ -43,6 +46,11 @@ class PreprocessServer:
     def address(self) -> str:
         """HOST:PORT it listens on, once started."""
         return self._address
+
+    @property
+    def metrics_address(self) -> str | None:
+        """HOST:PORT of the Prometheus endpoint, if there is one."""
+        return self._telemetry.metrics_address
 
     async def start(self) -> None:
         """Returns when requests can be answered: it listens and the first compatible executor is found."""
@@ -70,6 +78,7 @@ class PreprocessServer:
             await self._executors.close()
         if self._media is not None:
             self._media.close()
+        await asyncio.to_thread(self._telemetry.close)
 
     async def wait_failed(self) -> str:
         """Never: without executors it is NOT_SERVING and waits for them to come back."""
@@ -95,9 +104,8 @@ class PreprocessServer:
         self._media = MediaWorkers(checkpoint.family, settings.media_threads)
         planner = Planner(checkpoint, lambda: executors.limits, settings.max_media_bytes, settings.max_prompt_bytes)
         self._pipeline = Pipeline(checkpoint, planner, self._media, executors, settings.max_pending_requests)
-        if settings.log_level == "debug":
-            _add_channelz(self._frame.server)
-        return PreprocessServicer(settings.model_name, checkpoint, self._pipeline, executors)
+        reports = PreprocessReports(self._telemetry, settings.model_name, self._pipeline, executors)
+        return PreprocessServicer(settings.model_name, checkpoint, self._pipeline, executors, reports)
 
     def _update_health(self) -> None:
         """Called on every change among the executors, from the event loop."""
@@ -106,12 +114,3 @@ class PreprocessServer:
         task = asyncio.create_task(self._frame.set_serving(bool(self._executors.ready)))
         self._health_tasks.add(task)
         task.add_done_callback(self._health_tasks.discard)
-
-
-def _add_channelz(server: Any) -> None:
-    try:
-        from grpc_channelz.v1 import channelz
-    except ImportError:
-        LOG.warning("grpcio-channelz is not installed; no channelz service")
-        return
-    channelz.add_channelz_servicer(server)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ from preprocess_service.limits import (
 from preprocess_service.pipeline import Pipeline
 from preprocess_service.planning import Checkpoint
 from preprocess_service.reading import read_input
+from preprocess_service.reports import PreprocessReports
 from preprocess_service.requests import (
     Chat,
     Deadline,
@@ -42,11 +43,19 @@ MAX_ANSWERS: Final = 128
 class PreprocessServicer:
     """The six methods of the contract."""
 
-    def __init__(self, model_name: str, checkpoint: Checkpoint, pipeline: Pipeline, executors: ExecutorPool) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        checkpoint: Checkpoint,
+        pipeline: Pipeline,
+        executors: ExecutorPool,
+        reports: PreprocessReports,
+    ) -> None:
         self._model_name = model_name
         self._checkpoint = checkpoint
         self._pipeline = pipeline
         self._executors = executors
+        self._reports = reports
 
     async def Generate(  # noqa: N802
         self, request: preprocess_pb2.GenerateRequest, context: Any
@@ -62,13 +71,14 @@ class PreprocessServicer:
             stop=tuple(request.stop),
             bad_words=tuple(request.bad_words),
             deadline=Deadline.after(context.time_remaining()),
-            traceparent=_traceparent(context),
             priority=request.priority if request.HasField("priority") else None,
             num_answers=_check_n(request.n) if request.HasField("n") else 1,
         )
-        async with aclosing(self._pipeline.generate(call)) as pieces:
-            async for piece in pieces:
-                yield generate_response(piece)
+        with self._reports.answer(call) as report:
+            async with aclosing(self._pipeline.generate(call)) as pieces:
+                async for piece in pieces:
+                    report.note(piece)
+                    yield generate_response(piece)
 
     async def Plan(self, request: preprocess_pb2.PlanRequest, context: Any) -> preprocess_pb2.PlanResponse:  # noqa: N802
         """Plan from headers."""
@@ -198,8 +208,3 @@ def _planned_item(item: PlannedItem) -> preprocess_pb2.PlannedItem:
             for name, spec in item.tensors.items()
         ],
     )
-
-
-def _traceparent(context: Any) -> str | None:
-    metadata: Iterable[tuple[str, str | bytes]] = context.invocation_metadata() or ()
-    return next((str(value) for name, value in metadata if name == "traceparent"), None)

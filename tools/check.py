@@ -77,6 +77,7 @@ CHECKS: dict[str, Callable[[], Command]] = {
     "protos": buf,
     "compose": compose(),
     "compose gpu": compose("gpu"),
+    "compose prometheus": compose("prometheus"),
     "Dockerfile": hadolint,
     "kernels": nvcc,
 }

@@ -39,7 +39,14 @@ class BothSettings:
 
     def executor_arguments(self, port: int) -> list[str]:
         """The command line of the executor, which only this machine can reach."""
-        return ["executor", *self._flags(ExecutorSettings, ("host", "port")), *_flags_of(host=LOOPBACK, port=port)]
+        fixed = _flags_of(host=LOOPBACK, port=port, metrics_port=self._executor_metrics_port)
+        return ["executor", *self._flags(ExecutorSettings, ("host", "port", "metrics_port")), *fixed]
+
+    @property
+    def _executor_metrics_port(self) -> int | None:
+        """The port after the preprocess service's: the two cannot share one."""
+        port: int | None = self.preprocess.metrics_port
+        return port + 1 if port else port
 
     def preprocess_arguments(self, executor: str) -> list[str]:
         """The command line of the preprocess service."""

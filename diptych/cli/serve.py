@@ -1,7 +1,8 @@
 """Run both services as child processes; Ctrl-C stops all.
 
 It prints one line `listening on HOST:PORT`, the public address, when requests can be answered. The executor
-listens on the loopback interface only. Every flag of `diptych preprocess` and `diptych executor` is taken.
+listens on the loopback interface only. Every flag of `diptych preprocess` and `diptych executor` is taken; the
+executor's metrics are on the port after `--metrics-port`.
 
 examples:
   diptych serve --model ./llava-1.5-7b-hf

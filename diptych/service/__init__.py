@@ -1,1 +1,1 @@
-"""The frame both services stand in: errors, interceptor, settings, lifecycle, logs."""
+"""The frame both services stand in: errors, interceptor, settings, lifecycle, logs, telemetry."""

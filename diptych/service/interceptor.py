@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from diptych.service.errors import DiptychError, InternalError, InvalidInputError
+from diptych.service.telemetry import note_error
 
 LOG = logging.getLogger("diptych.rpc")
 
@@ -95,4 +96,5 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception, method: st
     if not isinstance(error, DiptychError):
         LOG.exception("unexpected error in %s", method)
         error = InternalError("internal error; the server's log has the details", stage="rpc")
+    note_error(error)
     await context.abort_with_status(rpc_status.to_status(error.to_status()))

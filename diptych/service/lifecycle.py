@@ -10,15 +10,17 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Final, Protocol
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from diptych.service.errors import DiptychError
+from diptych.service.errors import DiptychError, UnavailableError
 from diptych.service.interceptor import ErrorInterceptor
+from diptych.service.telemetry import Telemetry
+from diptych.service.telemetry.interceptor import TelemetryInterceptor
 
 LOG = logging.getLogger("diptych.service")
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
@@ -62,15 +64,29 @@ class Service(Protocol):
 
 
 class GrpcFrame:
-    """A grpc.aio server with health, reflection and our error interceptor."""
+    """A grpc.aio server with health, reflection, telemetry and our error interceptor.
 
-    def __init__(self, host: str, port: int, service_name: str) -> None:
+    `unwatched` are methods that last as long as their peer, see TelemetryInterceptor; `debug` adds channelz.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        service_name: str,
+        telemetry: Telemetry | None = None,
+        unwatched: Collection[str] = (),
+        debug: bool = False,
+    ) -> None:
         self._host, self._port = host, port
         self._service_name = service_name
         self.health = health.aio.HealthServicer()
-        self.server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+        interceptors = (TelemetryInterceptor(telemetry or Telemetry(), unwatched), ErrorInterceptor())
+        self.server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
-        names = (service_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = [service_name, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        if debug:
+            names.append(_add_channelz(self.server))
         reflection.enable_server_reflection(names, self.server)
 
     async def start(self) -> str:
@@ -170,6 +186,17 @@ class _Stopped(asyncio.Event):
         if not self.is_set() and number == signal.SIGINT:
             self.exit_code = 130
         self.set()
+
+
+def _add_channelz(server: grpc.aio.Server) -> str:
+    """Returns the service's name."""
+    try:
+        from grpc_channelz.v1 import channelz, channelz_pb2
+    except ImportError as error:
+        raise UnavailableError("--debug needs the package grpcio-channelz", stage="boot") from error
+    channelz.add_channelz_servicer(server)
+    name: str = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
+    return name
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""Structured logs: one JSON object a line for machines, or one readable line for people."""
+"""Structured logs: one JSON object a line for machines, or one readable line for people.
+
+Lines of a request have its `trace_id` and `span_id`, which are those of its exported spans.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import logging
 import sys
 from datetime import UTC, datetime
 from typing import Final
+
+from diptych.service.telemetry import trace_fields
 
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -43,9 +48,16 @@ def set_up_logs(level: str, log_format: str) -> None:
     """Send all logs to standard error; `log_format` is "text" or "json"."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    handler.addFilter(add_trace)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+
+
+def add_trace(record: logging.LogRecord) -> bool:
+    """A filter that lets everything pass, and writes the current request's trace on it."""
+    vars(record).update(trace_fields())
+    return True
 
 
 def _extra_fields(record: logging.LogRecord) -> dict[str, object]:

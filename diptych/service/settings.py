@@ -17,7 +17,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-if TYPE_CHECKING:  # imports transformers, for which `--help` need not wait
+if TYPE_CHECKING:  # import transformers and OpenTelemetry, for which `--help` need not wait
+    from diptych.service.telemetry import TelemetryOptions
     from registry.limits import MediaLimits
 
 ENV_PREFIX: Final = "DIPTYCH_"
@@ -68,11 +69,30 @@ class ServiceSettings(BaseModel):
     grace_period: float = Field(10.0, ge=0, description="seconds that running requests get when the service stops")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log shown")
     log_format: Literal["text", "json"] = Field("text", description="one line for people, or one JSON object")
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^/]+/?$")] | None = Field(
+        default_factory=lambda: os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None,
+        validate_default=True,
+        description="collector that traces and metrics are sent to by gRPC, http://HOST:PORT; "
+        "OTEL_EXPORTER_OTLP_ENDPOINT counts too",
+    )
+    trace_sample_ratio: float = Field(
+        1.0, ge=0, le=1, description="share of the traces to record, of those that no caller has decided about"
+    )
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="port of the Prometheus endpoint, on the same host; 0 picks a free one"
+    )
+    debug: bool = Field(False, description="serve gRPC's channelz: the state of every connection, to anyone who asks")
 
     @property
     def model_name(self) -> str:
         """The name clients use."""
         return self.served_model_name or self.model.resolve().name
+
+    def telemetry(self, service_name: str) -> TelemetryOptions:
+        """What the service is to show of itself."""
+        from diptych.service.telemetry import TelemetryOptions
+
+        return TelemetryOptions(service_name, self.otlp_endpoint, self.trace_sample_ratio, self.host, self.metrics_port)
 
     @property
     def limits(self) -> MediaLimits:

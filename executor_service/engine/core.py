@@ -56,13 +56,13 @@ class Engine:
 
     def step(self) -> StepReport:
         """One step: its report has every output and every request that ended."""
+        began = time.monotonic()
         batch = self.scheduler.schedule()
         output = self.runner.execute(batch)
         finished = self._update(batch, output)
-        report = self._report(output, finished)
         if self._checks:
             self.check_integrity()
-        return report
+        return self._report(batch, output, finished, began)
 
     def check_integrity(self) -> None:
         """IntegrityError unless blocks, queues and requests are whole."""
@@ -88,7 +88,7 @@ class Engine:
         del self._requests[request.request_id]
         return request
 
-    def _report(self, output: ModelOutput, ended: list[Request]) -> StepReport:
+    def _report(self, batch: ScheduledBatch, output: ModelOutput, ended: list[Request], began: float) -> StepReport:
         aborted, self._aborted = self._aborted, []
         logprobs: list[tuple[int, TokenLogprobs]] = [
             (index, entry) for index, entry in enumerate(output.sampled.logprobs) if entry is not None
@@ -101,6 +101,9 @@ class Engine:
             load=self.load,
             counters=replace(self.scheduler.counters),
             prompt_logprobs=[(request.request_id, entries) for request, entries in output.prompt_logprobs],
+            seconds=time.monotonic() - began,
+            num_scheduled_requests=len(batch.requests),
+            num_scheduled_tokens=batch.num_tokens,
         )
 
 
@@ -115,4 +118,7 @@ def _finished(request: Request) -> Finished:
         prefill_seconds=None if first is None or scheduled is None else first - scheduled,
         generate_seconds=None if first is None else now - first,
         error=request.error,
+        arrived=request.arrived,
+        encode_began=request.encode_began,
+        encode_ended=request.encode_ended,
     )

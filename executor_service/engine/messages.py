@@ -195,7 +195,11 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of one request; times in seconds, None where the stage did not happen."""
+    """The end of one request; times in seconds, None where the stage did not happen.
+
+    `arrived`, `encode_began` and `encode_ended` are on `time.monotonic()`, which the processes of a machine share;
+    the encoder's are the host's, who does not wait for a GPU.
+    """
 
     request_id: int
     reason: FinishReason
@@ -204,6 +208,9 @@ class Finished:
     prefill_seconds: float | None = None
     generate_seconds: float | None = None
     error: str = ""
+    arrived: float = 0.0
+    encode_began: float | None = None
+    encode_ended: float | None = None
 
 
 @dataclass(frozen=True)
@@ -236,7 +243,8 @@ class Counters:
 class StepReport:
     """All outputs of one step: `token_ids[i]` belongs to `request_ids[i]`, `logprobs` to indices of them.
 
-    `prompt_logprobs` are (request id, of its next prompt tokens in order, from the second token on).
+    `prompt_logprobs` are (request id, of its next prompt tokens in order, from the second token on). The step took
+    `seconds` and computed `num_scheduled_tokens` of `num_scheduled_requests`.
     """
 
     request_ids: list[int]
@@ -246,6 +254,9 @@ class StepReport:
     load: Load
     counters: Counters
     prompt_logprobs: list[tuple[int, list[TokenLogprobs]]] = field(default_factory=list)
+    seconds: float = 0.0
+    num_scheduled_requests: int = 0
+    num_scheduled_tokens: int = 0
 
 
 FromEngine = BootProgress | BootFailed | Booted | StepReport

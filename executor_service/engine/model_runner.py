@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,10 +108,13 @@ class ModelRunner:
         items = [item for scheduled in batch for item in scheduled.items]
         if not items:
             return batch, []
+        began = time.monotonic()
         try:
             self.encode(items)
         except Exception:  # tensors without a layout may make a model raise anything
             return self._encode_one_by_one(batch)
+        finally:
+            _note_encoding(batch, began)
         return batch, []
 
     def _encode_one_by_one(
@@ -194,6 +198,16 @@ class ModelRunner:
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device)
+
+
+def _note_encoding(batch: Sequence[ScheduledRequest], began: float) -> None:
+    """Every request that had items in the step was in the encoder from `began` until now."""
+    ended = time.monotonic()
+    for scheduled in batch:
+        if scheduled.items:
+            request = scheduled.request
+            request.encode_began = request.encode_began or began
+            request.encode_ended = ended
 
 
 def _kind(item: EngineItem) -> tuple[str, ...]:

@@ -96,6 +96,8 @@ class Request:
         self.arrived = time.monotonic()
         self.first_scheduled: float | None = None
         self.first_token: float | None = None
+        self.encode_began: float | None = None
+        self.encode_ended: float | None = None
 
     @property
     def is_shareable(self) -> bool:

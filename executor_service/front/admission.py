@@ -67,7 +67,6 @@ class AdmittedRequest:
     items: tuple[AdmittedItem, ...]
     sampling: SamplingParams
     time_left: float | None
-    traceparent: str
     priority: int = 0
     output_token_ids: Sequence[int] = ()
 
@@ -101,7 +100,6 @@ class Admission:
             sampling=sampling,
             priority=start.priority,
             output_token_ids=self._check_output(start.output_token_ids, sampling),
-            traceparent=start.traceparent,
             time_left=start.time_left.ToNanoseconds() / 1e9 if start.HasField("time_left") else None,
         )
 

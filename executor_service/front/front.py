@@ -17,6 +17,7 @@ from diptych.service.errors import (
     RequestCancelledError,
     UnavailableError,
 )
+from diptych.service.telemetry import Telemetry
 from diptych.v1 import executor_pb2, tensor_pb2
 from diptych.wire.framing import ItemChunk
 from executor_service.engine.messages import (
@@ -30,11 +31,12 @@ from executor_service.engine.messages import (
     StepReport,
     Submit,
 )
-from executor_service.front.admission import Admission
+from executor_service.front.admission import Admission, AdmittedRequest
 from executor_service.front.arena import Arena
 from executor_service.front.boot_log import BootLog
 from executor_service.front.engine_link import EngineLink
 from executor_service.front.reception import Reception, ReceptionCounters
+from executor_service.front.reports import FrontReports
 from executor_service.front.request import FrontRequest, Outlet
 from registry.family import ModelFamily
 
@@ -50,7 +52,13 @@ class Front:
     """Everything between the streams and the engine. Lives in one event loop."""
 
     def __init__(
-        self, family: ModelFamily, config: EngineConfig, arena_bytes: int, max_requests: int, receive_timeout: float
+        self,
+        family: ModelFamily,
+        config: EngineConfig,
+        arena_bytes: int,
+        max_requests: int,
+        receive_timeout: float,
+        telemetry: Telemetry,
     ) -> None:
         self.family = family
         self.config = config
@@ -65,6 +73,7 @@ class Front:
         self._draining = False
         self.load = Load(0, 0, 0, 0)
         self.counters = Counters()
+        self._reports = FrontReports(telemetry, self)
         self._closed = asyncio.Event()
 
     @property
@@ -77,7 +86,8 @@ class Front:
     @property
     def num_receiving(self) -> int:
         """Requests whose tensors are still arriving."""
-        return sum(not request.is_at_engine for request in self._requests.values())
+        # A copy, because metrics are read by another thread.
+        return sum(not request.is_at_engine for request in list(self._requests.values()))
 
     @property
     def num_pinned_bytes(self) -> int:
@@ -130,6 +140,25 @@ class Front:
 
     def open(self, handle: int, start: executor_pb2.Start, outlet: Outlet) -> FrontRequest:
         """Admit a request; its tensors are asked for, or it goes to the engine at once. DiptychError: refused."""
+        span = self._reports.begin(start)
+        try:
+            admitted = self._admit(start)
+        except Exception as error:
+            self._reports.refuse(span, error)
+            raise
+        request = FrontRequest(self._next_number, handle, outlet, admitted, span)
+        self._next_number += 1
+        self._requests[request.number] = request
+        self._set_deadline(request)
+        try:
+            self._reception.begin(request) if admitted.items else self._submit(request)
+        except Exception:
+            request.error = InternalError("the request could not be begun", stage="receive")
+            self._close(request)  # its stream does not know it yet
+            raise
+        return request
+
+    def _admit(self, start: executor_pb2.Start) -> AdmittedRequest:
         self._check_room()
         assert self._admission is not None
         admitted = self._admission.admit(start)
@@ -141,16 +170,7 @@ class Front:
                 limit=self._arena.num_bytes,
                 actual=region_bytes,
             )
-        request = FrontRequest(self._next_number, handle, outlet, admitted)
-        self._next_number += 1
-        self._requests[request.number] = request
-        self._set_deadline(request)
-        try:
-            self._reception.begin(request) if admitted.items else self._submit(request)
-        except Exception:
-            self._close(request)  # its stream does not know it yet
-            raise
-        return request
+        return admitted
 
     def receive(self, request: FrontRequest, chunk: ItemChunk) -> None:
         """Take a chunk; a wrong one ends the request."""
@@ -216,10 +236,10 @@ class Front:
             self._close(request)
             request.outlet.put_final(executor_pb2.Final(handle=request.handle, status=error.to_status()))
 
-    def _close(self, request: FrontRequest) -> None:
+    def _close(self, request: FrontRequest, finished: Finished | None = None) -> None:
         del self._requests[request.number]
         self._closed.set()
-        _log_end(request)
+        self._reports.end(request, finished)
         if request.deadline is not None:
             request.deadline.cancel()
         self._reception.end(request)
@@ -241,16 +261,19 @@ class Front:
                 touched[request.outlet] = None
         for finished in report.finished:
             request = self._requests[finished.request_id]
-            self._close(request)
-            request.outlet.put_final(self._final(request, finished))
+            final = self._final(request, finished)
+            self._close(request, finished)
+            request.outlet.put_final(final)
             touched[request.outlet] = None
         for outlet in touched:
             outlet.flush()
         self.load, self.counters = report.load, report.counters
+        self._reports.step(report)
 
     def _final(self, request: FrontRequest, finished: Finished) -> executor_pb2.Final:
         if finished.reason is FinishReason.FAILED:
-            LOG.error("request %s failed in the engine: %s", request.admitted.request_id, finished.error)
+            with request.span.active():
+                LOG.error("request %s failed in the engine: %s", request.admitted.request_id, finished.error)
             request.error = InternalError("the model failed on this request; the log has the details", stage="execute")
         if finished.reason is FinishReason.MISMATCHED:
             request.error = InvalidInputError(finished.error, stage="encode")
@@ -264,9 +287,9 @@ class Front:
             return
         self._draining = True
         for request in list(self._requests.values()):
-            error = UnavailableError(died.result(), stage=request.stage, retry_after=1.0)
+            request.error = UnavailableError(died.result(), stage=request.stage, retry_after=1.0)
             self._close(request)
-            request.outlet.put_final(executor_pb2.Final(handle=request.handle, status=error.to_status()))
+            request.outlet.put_final(executor_pb2.Final(handle=request.handle, status=request.error.to_status()))
 
     async def _wait_idle(self, seconds: float) -> None:
         """Until no request is left, at most `seconds`."""
@@ -275,19 +298,6 @@ class Front:
                 while self._requests:
                     self._closed.clear()
                     await self._closed.wait()
-
-
-def _log_end(request: FrontRequest) -> None:
-    LOG.debug(
-        "request ended",
-        extra={
-            "request_id": request.admitted.request_id,
-            "traceparent": request.admitted.traceparent,
-            "seconds": round(time.monotonic() - request.started, 6),
-            "output_tokens": request.num_output_tokens,
-            "error": request.error.reason if request.error else None,
-        },
-    )
 
 
 def _completion(request: FrontRequest, finished: Finished) -> executor_pb2.Completion:

@@ -21,11 +21,12 @@ from executor_service.front.request import FrontRequest
 
 @dataclass
 class ReceptionCounters:
-    """Since the boot: items and bytes that arrived, and items that were here already."""
+    """Since the boot: items and bytes of tensors that arrived, and those that were here already."""
 
     num_received_items: int = 0
     num_received_bytes: int = 0
     num_held_items: int = 0
+    num_held_bytes: int = 0
 
 
 class Reception:
@@ -114,12 +115,18 @@ class Reception:
 
     def _on_placed(self, request: FrontRequest) -> None:
         missing = [index for index, hold in enumerate(_holds(request)) if hold.is_missing]
-        self.counters.num_held_items += sum(hold.stored is not None for hold in _holds(request))
+        self._count_held(request)
         request.is_placed = True
         self._ask_for(request, missing)
         if request.error is None:
             self._watch(request, self._patience)
             self._on_stored(request)
+
+    def _count_held(self, request: FrontRequest) -> None:
+        for item, hold in zip(request.admitted.items, _holds(request), strict=True):
+            if hold.stored is not None:
+                self.counters.num_held_items += 1
+                self.counters.num_held_bytes += sum(spec.num_bytes for _, spec in item.tensors)
 
     def _on_left_alone(self, request: FrontRequest, index: int) -> None:
         """The request that was to receive this item has ended: this one asks for it itself."""

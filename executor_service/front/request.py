@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from diptych.service.errors import DiptychError
+from diptych.service.telemetry import RequestSpan
 from diptych.v1 import executor_pb2
 from executor_service.engine.messages import TokenLogprobs
 from executor_service.front.admission import AdmittedRequest
@@ -47,6 +48,7 @@ class FrontRequest:
     handle: int
     outlet: Outlet
     admitted: AdmittedRequest
+    span: RequestSpan
     started: float = field(default_factory=time.monotonic)
     received: float | None = None
     claim: Claim | None = None

@@ -35,7 +35,10 @@ _OPTIONS: Final = (
 
 
 class Executor:
-    """One address. `model` is what it serves once the handshake is done, None while it is not usable."""
+    """One address. `model` is what it serves once the handshake is done, None while it is not usable.
+
+    `num_sent_bytes` are those of tensors, on all its streams.
+    """
 
     def __init__(
         self, address: str, fingerprint: Fingerprint, shares_stream: bool, on_change: Callable[[], None]
@@ -51,6 +54,7 @@ class Executor:
         self._load: executor_pb2.WatchLoadResponse | None = None
         self._streams: list[ExecutorStream] = []
         self._num_live = 0
+        self.num_sent_bytes = 0
         self._task = asyncio.create_task(self._keep_connected())
 
     @property
@@ -89,9 +93,12 @@ class Executor:
         self._streams = [stream for stream in self._streams if stream.is_open]
         if self._shares_stream and self._streams:
             return self._streams[0]
-        stream = ExecutorStream(self._channel, self.address, closes_when_idle=not self._shares_stream)
+        stream = ExecutorStream(self._channel, self.address, not self._shares_stream, self._count_sent)
         self._streams.append(stream)
         return stream
+
+    def _count_sent(self, num_bytes: int) -> None:
+        self.num_sent_bytes += num_bytes
 
     # --- connection -------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diptych.service.telemetry.propagation import TRACEPARENT, TRACESTATE, to_headers
 from diptych.v1 import executor_pb2, tensor_pb2
 from diptych.wire.dtypes import DTYPE_OF_NAME
 from diptych.wire.media import media_info_to_proto, placeholder_to_proto
@@ -10,14 +11,16 @@ from registry import TensorSpec
 
 
 def make_start(call: GenerateCall, plan: Plan, fingerprint_digest: bytes) -> executor_pb2.Start:
-    """Everything of a request but its tensors' bytes; `time_left` counts from now."""
+    """Everything of a request but its tensors' bytes; `time_left` counts from now, the current span is its parent."""
+    trace = to_headers()
     start = executor_pb2.Start(
         request_id=call.request_id,
         fingerprint=fingerprint_digest,
         prompt_token_ids=plan.prompt_token_ids,
         items=[_media_item(item) for item in plan.items],
         sampling=call.sampling,
-        traceparent=call.traceparent,
+        traceparent=trace.get(TRACEPARENT),
+        tracestate=trace.get(TRACESTATE),
         priority=call.priority,
     )
     if (seconds := call.deadline.time_left) is not None:

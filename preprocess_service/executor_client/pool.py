@@ -48,6 +48,11 @@ class ExecutorPool:
         return next(self._models(), None)
 
     @property
+    def num_sent_bytes(self) -> int:
+        """Bytes of tensors sent to all executors."""
+        return sum(executor.num_sent_bytes for executor in self._executors)
+
+    @property
     def limits(self) -> RequestLimits:
         """The strictest of ours and the connected executors'; the last known while none is connected."""
         return self._limits

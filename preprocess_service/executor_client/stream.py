@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 from typing import Any, Final
 
 import grpc
@@ -12,7 +13,7 @@ import numpy as np
 
 from diptych.service.errors import UnavailableError
 from diptych.v1 import executor_pb2
-from diptych.wire.framing import encode_request
+from diptych.wire.framing import ItemChunk, encode_request
 from preprocess_service.executor_client.outbox import Outbox
 from preprocess_service.executor_client.request import MissingItems, PromptScores, RemoteRequest, TokenOutput
 
@@ -26,12 +27,16 @@ _MAX_HANDLE: Final = 1 << 32
 class ExecutorStream:
     """Sends requests to one executor and hands what comes back to each.
 
-    `closes_when_idle`: the stream was opened for one request and ends after it.
+    `closes_when_idle`: the stream was opened for one request and ends after it. `on_sent` is told the bytes of every
+    chunk that went out.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, address: str, closes_when_idle: bool) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, address: str, closes_when_idle: bool, on_sent: Callable[[int], None]
+    ) -> None:
         self._address = address
         self._closes_when_idle = closes_when_idle
+        self._on_sent = on_sent
         self._call: Any = channel.stream_stream(
             EXECUTE,
             response_deserializer=executor_pb2.ExecuteResponse.FromString,
@@ -82,8 +87,11 @@ class ExecutorStream:
         """Send what the outbox gives; the transport's flow control slows this loop alone."""
         try:
             while True:
+                message = await self._outbox.next()
                 # Encoded here, for grpc would log a failure and go on without the message.
-                await self._call.write(encode_request(await self._outbox.next()))
+                await self._call.write(encode_request(message))
+                if isinstance(message, ItemChunk):
+                    self._on_sent(len(message.data))
         except (grpc.RpcError, asyncio.InvalidStateError):
             return  # the reader learns why
         except Exception:

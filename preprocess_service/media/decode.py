@@ -6,17 +6,21 @@ Pictures as `transformers.image_utils.load_image` reads them: EXIF applied, RGB,
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BytesIO
 from typing import Any, Final
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from diptych.service.errors import InternalError, InvalidInputError
+from diptych.service.telemetry import stage
 from preprocess_service.media.decode_audio import decode_audio
 from preprocess_service.media.decode_errors import check_picture_size, undecodable
 from preprocess_service.media.decode_video import decode_video
@@ -36,7 +40,9 @@ class MediaWorkers:
 
     async def load(self, item: PlannedItem, index: int) -> MappedItem:
         """The item's tensors; InvalidInputError naming the item if it cannot be decoded."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._load, item, index)
+        # The pool's threads do not know the request; its context does.
+        load = partial(contextvars.copy_context().run, self._load, item, index)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, load)
 
     def close(self) -> None:
         """Drop what has not begun; running threads end by themselves."""
@@ -44,13 +50,18 @@ class MediaWorkers:
 
     def _load(self, item: PlannedItem, index: int) -> MappedItem:
         start = time.perf_counter()
-        data = _DECODERS[item.info.modality](item, index)
+        with stage("decode", item=index, modality=item.info.modality):
+            data = _DECODERS[item.info.modality](item, index)
         decoded = time.perf_counter()
+        with stage("map", item=index):
+            tensors = self._map(MediaItem(item.info, data), index)
+        return MappedItem(tensors, decoded - start, time.perf_counter() - decoded)
+
+    def _map(self, item: MediaItem, index: int) -> dict[str, np.ndarray]:
         try:
-            tensors = self._family.map_item(MediaItem(item.info, data))
+            return self._family.map_item(item)
         except RegistryError as error:
             raise InternalError(f"item {index}: {error}", stage="map", item=index) from error
-        return MappedItem(tensors, decoded - start, time.perf_counter() - decoded)
 
 
 def use_our_limits() -> None:

@@ -177,6 +177,30 @@ def test_only_the_public_service_gets_the_public_address() -> None:
     assert {"--host=0.0.0.0", "--port=1234"} <= set(both.preprocess_arguments("127.0.0.1:9"))
 
 
+@pytest.mark.parametrize(("port", "executors"), [("9464", "--metrics-port=9465"), ("0", "--metrics-port=0")])
+def test_the_two_services_do_not_share_a_metrics_port(
+    monkeypatch: pytest.MonkeyPatch, port: str, executors: str
+) -> None:
+    for arguments in ({"model": "m", "metrics_port": port}, {"model": "m"}):
+        both = BothSettings(arguments)
+        assert executors in both.executor_arguments(1)
+        monkeypatch.setenv("DIPTYCH_METRICS_PORT", port)  # the flag is not needed the second time
+    monkeypatch.delenv("DIPTYCH_METRICS_PORT")
+    assert not any("metrics-port" in flag for flag in BothSettings({"model": "m"}).executor_arguments(1))
+
+
+@pytest.mark.parametrize("endpoint", ["collector:4317", "http://collector:4317/v1/traces", "ftp://collector"])
+def test_an_endpoint_is_a_url_of_a_host(endpoint: str) -> None:
+    with pytest.raises(UsageError, match="--otlp-endpoint"):
+        BothSettings({"model": "m", "otlp_endpoint": endpoint})
+
+
+def test_opentelemetrys_own_variable_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://one:4317")
+    assert BothSettings({"model": "m"}).preprocess.otlp_endpoint == "http://one:4317"
+    assert BothSettings({"model": "m", "otlp_endpoint": "http://two:1"}).executor.otlp_endpoint == "http://two:1"
+
+
 def test_a_key_that_no_service_has(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("max_nonsense: 3\n")
