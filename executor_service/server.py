@@ -42,7 +42,13 @@ class ExecutorServer:
         LOG.info("settings", extra=describe(self.settings))
         family = _bind_family(self.settings)
         settings = self.settings
-        self._front = Front(family, settings.engine_config, int(settings.media_memory), settings.max_requests)
+        self._front = Front(
+            family,
+            settings.engine_config,
+            int(settings.media_memory),
+            settings.max_requests,
+            settings.receive_timeout,
+        )
         self._frame = GrpcFrame(settings.host, settings.port, SERVICE_NAME)
         add_to_server(ExecutorServicer(self._front, settings.model_name), self._frame.server)
         self._address = await self._frame.start()

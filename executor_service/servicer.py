@@ -35,7 +35,7 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
         context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[executor_pb2.ExecuteResponse]:
         """One stream with one request or many; see the contract."""
-        stream = ExecuteStream(self._front)
+        stream = ExecuteStream(self._front, _peer_identity(context))
         reader = asyncio.create_task(_read(stream, request_iterator))
         try:
             async for response in stream.responses():
@@ -117,13 +117,25 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
             num_used_blocks=load.num_used_blocks,
             num_blocks=load.num_blocks,
             accepting=self._front.is_accepting,
+            num_preemptions=load.num_preemptions,
         )
 
 
+def _peer_identity(context: grpc.aio.ServicerContext) -> str:
+    """Who the peer has proved to be by its certificate; empty without TLS: then all peers are one."""
+    identities = context.peer_identities() or ()
+    return "|".join(sorted(identity.decode(errors="replace") for identity in identities))
+
+
 async def _read(stream: ExecuteStream, requests: AsyncIterator[executor_pb2.ExecuteRequest | ItemChunk]) -> None:
-    async for request in requests:
-        stream.handle(request)
-    stream.half_close()
+    """Until the sender half-closes; a failure here ends the call, which would wait for messages for ever."""
+    try:
+        async for request in requests:
+            stream.handle(request)
+    except Exception as error:
+        stream.fail(error)
+    else:
+        stream.half_close()
 
 
 def _interval(request: executor_pb2.WatchLoadRequest) -> float:

@@ -33,10 +33,20 @@ class ExecutorSettings(ServiceSettings):
     kv_cache_memory: ByteSize | None = Field(
         None, gt=0, description="bytes of the KV cache, e.g. 512MiB; on CPU at most 1 GiB if not given"
     )
+    prefix_caching: bool = Field(True, description="share the KV cache of equal beginnings between requests")
+    encoder_cache_memory: ByteSize | None = Field(
+        None, gt=0, description="bytes of encoder features kept for items seen before; default: one step's items, "
+        "at least 256 MiB",
+    )  # fmt: skip
     media_memory: ByteSize = Field(
-        ByteSize(512 * 1024 * 1024), gt=0, description="shared memory for the tensors of all live requests"
+        ByteSize(512 * 1024 * 1024),
+        gt=0,
+        description="shared memory for item tensors: of live requests, and kept for items seen before",
     )
     max_requests: int = Field(1024, ge=1, description="live requests; more are refused with RESOURCE_EXHAUSTED")
+    receive_timeout: float = Field(
+        30.0, gt=0, description="seconds a sender may stall that was asked for tensors, before its request ends"
+    )
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the model; default: torch's own choice")
     check_integrity: bool = Field(False, description="prove blocks and queues after every step (slow; for tests)")
 
@@ -58,6 +68,8 @@ class ExecutorSettings(ServiceSettings):
             gpu_memory_utilization=self.gpu_memory_utilization,
             kv_cache_memory=None if self.kv_cache_memory is None else int(self.kv_cache_memory),
             num_threads=self.num_threads or _threads_by_environment(),
+            prefix_caching=self.prefix_caching,
+            encoder_cache_memory=None if self.encoder_cache_memory is None else int(self.encoder_cache_memory),
             check_integrity=self.check_integrity,
         )
 

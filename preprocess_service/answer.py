@@ -10,12 +10,13 @@ from preprocess_service.tokens import IncrementalDetokenizer, StopStrings, TextT
 
 
 class Answer:
-    """One answer in the making."""
+    """One answer in the making; stop strings that are complete within the first `min_tokens` tokens do not count."""
 
-    def __init__(self, tokenizer: TextTokenizer, stops: Sequence[str], plan: Plan) -> None:
+    def __init__(self, tokenizer: TextTokenizer, stops: Sequence[str], plan: Plan, min_tokens: int = 0) -> None:
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._stops = StopStrings(stops)
         self._plan = plan
+        self._min_tokens = min_tokens
         self._num_tokens = 0
         self.decode_seconds: float | None = None
         self.map_seconds: float | None = None
@@ -31,7 +32,7 @@ class Answer:
         delta.token_ids.append(token_id)
         if logprobs is not None:
             delta.logprobs.append(logprobs)
-        delta.text += self._stops.feed(self._detokenizer.step(token_id))
+        delta.text += self._feed(self._detokenizer.step(token_id))
 
     def add_times(self, decode_seconds: float, map_seconds: float) -> None:
         """Count one item's work; items are worked on in parallel, so the sums may exceed the clock."""
@@ -40,12 +41,15 @@ class Answer:
 
     def complete(self, completion: executor_pb2.Completion) -> Ended:
         """The end as the executor saw it, with the text that was held back."""
-        text = self._stops.feed(self._detokenizer.finish())
+        text = self._feed(self._detokenizer.finish())
         if self.is_stopped:
             return self._stopped(text, completion.usage, completion.times)
         return Ended(
             text + self._stops.finish(), completion.finish_reason, completion.usage, self._times(completion.times)
         )
+
+    def _feed(self, text: str) -> str:
+        return self._stops.feed(text) if self._num_tokens > self._min_tokens else self._stops.skip(text)
 
     def stopped(self) -> Ended:
         """The end at a stop string; what the executor did after it is not counted."""

@@ -38,17 +38,22 @@ class ChatRenderer:
         self._tokenizer = tokenizer
         self._takes_lists = self._template is not None and self._understands_lists()
 
-    def encode(self, chat: Chat) -> list[int]:
-        """Token ids with one placeholder token per media part that the template renders."""
+    def encode(self, chat: Chat, check: Callable[[str], None] = lambda rendered: None) -> list[int]:
+        """Token ids with one placeholder token per media part that the template renders.
+
+        `check` sees the rendered text before it is tokenized, and raises to refuse it.
+        """
         if self._template is None:
             raise InvalidInputError(
                 "the checkpoint has no chat template; send a prompt instead of chat messages", stage=STAGE
             )
         if self._private is None:
             rendered = self._render(chat, str)
+            check(rendered)
             return self._tokenizer.encode(rendered, self._adds_special_tokens(rendered))
         protected = self._private.protected_texts()
         rendered = self._render(chat, protected.protect, protected)
+        check(protected.restore(rendered))
         return self._private.encode(rendered, protected, self._adds_special_tokens(rendered))
 
     def _render(self, chat: Chat, protect: Callable[[str], str], protected: ProtectedTexts | None = None) -> str:

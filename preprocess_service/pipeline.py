@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Final
 
@@ -18,26 +19,42 @@ from diptych.service.errors import (
     DiptychError,
     InternalError,
     InvalidInputError,
-    LimitExceededError,
     OverloadedError,
     UnavailableError,
 )
 from diptych.service.sampling import check_sampling
+from diptych.wire.framing import split_tensor, tensor_bytes
 from preprocess_service.answer import Answer
-from preprocess_service.executor_client import Completed, ExecutorPool, RemoteRequest, TokenOutput
+from preprocess_service.bad_words import with_bad_words
+from preprocess_service.executor_client import Completed, Executor, ExecutorPool, RemoteRequest, TokenOutput
 from preprocess_service.executor_client.messages import make_start
-from preprocess_service.executor_client.request import MissingItems
+from preprocess_service.executor_client.request import MissingItems, PromptScores
+from preprocess_service.fan_out import fan_out, nth_call
+from preprocess_service.limits import MAX_REQUEST_ID_LENGTH, check_count, check_text_size, num_text_bytes
 from preprocess_service.media.decode import MediaWorkers
 from preprocess_service.planning import Checkpoint, Planner
-from preprocess_service.requests import Chat, Deadline, Delta, Ended, GenerateCall, Media, MediaHeader, Plan, Prompt
+from preprocess_service.requests import (
+    Chat,
+    Deadline,
+    Delta,
+    Ended,
+    GenerateCall,
+    MappedItem,
+    Media,
+    MediaHeader,
+    Plan,
+    PlannedItem,
+    Prompt,
+    TensorPiece,
+)
 
 LOG = logging.getLogger("diptych.preprocess")
 RETRY_AFTER: Final = 0.5
-MAX_STOP_STRINGS: Final = 16
-MAX_STOP_LENGTH: Final = 256
-MAX_REQUEST_ID_LENGTH: Final = 128
-INLINE_PLAN_BYTES: Final = 128 * 1024
-"""Requests up to this size are planned on the event loop; a thread would cost more than the planning."""
+INLINE_TEXT: Final = 16 * 1024
+"""Texts up to so many characters are tokenized on the event loop; a thread would cost more than the work."""
+INLINE_MEDIA_BYTES: Final = 128 * 1024
+INLINE_PARTS: Final = 64
+INLINE_IDS: Final = 4096
 
 
 class Pipeline:
@@ -61,21 +78,57 @@ class Pipeline:
         self._idle.set()
         self._is_draining = False
 
-    async def generate(self, call: GenerateCall) -> AsyncIterator[Delta | Ended]:
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[Delta | Ended]:
         """The answer in pieces, and its end."""
-        with self._admit():
+        with self._admit(call.num_answers):
             check_call(call, self._checkpoint.family.ctx.vocab_size)
+            call = with_bad_words(call, self._checkpoint)
             plan = await self._map_ahead(await self._plan(call.input, call.deadline, self._planner.prepare))
-            call.deadline.check("start")
-            start = make_start(call, plan, self._checkpoint.fingerprint.digest)
-            with self._executors.choose().request(start) as remote:
-                async for piece in self._answer(call, plan, remote):
+            executor = self._executors.choose()
+            answers = fan_out(call.num_answers, lambda index: self._run(nth_call(call, index), plan, executor))
+            async with aclosing(answers):
+                async for piece in answers:
                     yield piece
+
+    async def process(self, prompt: Prompt | Chat, deadline: Deadline) -> AsyncGenerator[Plan | TensorPiece]:
+        """The plan, then every item's tensors in pieces, items as they are ready."""
+        with self._admit():
+            check_whole(prompt)
+            plan = await self._map_ahead(await self._plan(prompt, deadline, self._planner.prepare))
+            yield plan
+            loads = [asyncio.create_task(self._load(item, index)) for index, item in enumerate(plan.items)]
+            try:
+                for next_loaded in asyncio.as_completed(loads):
+                    index, mapped = await next_loaded
+                    for piece in _tensor_pieces(index, plan.items[index], mapped):
+                        deadline.check("transfer")
+                        yield piece
+            finally:
+                for load in loads:
+                    load.cancel()
+                await asyncio.gather(*loads, return_exceptions=True)
 
     async def plan(self, prompt: Prompt | Chat, deadline: Deadline) -> Plan:
         """Only the planning."""
         with self._admit():
             return await self._plan(prompt, deadline, self._planner.plan)
+
+    async def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text."""
+        with self._admit():
+            check_text_size("the text", num_text_bytes(text), self._planner.max_prompt_bytes)
+            encode = self._checkpoint.tokenizer.encode
+            if len(text) <= INLINE_TEXT:
+                return encode(text, add_special_tokens)
+            return await asyncio.to_thread(encode, text, add_special_tokens)
+
+    async def detokenize(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        """The text of token ids."""
+        with self._admit():
+            decode = self._checkpoint.tokenizer.decode
+            if len(token_ids) <= INLINE_IDS:
+                return decode(token_ids, skip_special_tokens)
+            return await asyncio.to_thread(decode, token_ids, skip_special_tokens)
 
     async def drain(self, grace: float) -> None:
         """Refuse new requests; returns when the last one has ended, or after `grace` seconds."""
@@ -86,23 +139,23 @@ class Pipeline:
     # --- admit ------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _admit(self) -> Iterator[None]:
+    def _admit(self, count: int = 1) -> Iterator[None]:
         if self._is_draining:
             raise UnavailableError("the service is stopping", stage="admit", retry_after=RETRY_AFTER)
-        if self._num_pending >= self._max_pending:
+        if self._num_pending + count > self._max_pending:
             raise OverloadedError(
-                f"{self._num_pending} requests are being worked on, as many as are allowed",
+                f"{self._num_pending} requests are being worked on; at most {self._max_pending} are allowed",
                 stage="admit",
                 limit=self._max_pending,
-                actual=self._num_pending + 1,
+                actual=self._num_pending + count,
                 retry_after=RETRY_AFTER,
             )
-        self._num_pending += 1
+        self._num_pending += count
         self._idle.clear()
         try:
             yield
         finally:
-            self._num_pending -= 1
+            self._num_pending -= count
             if not self._num_pending:
                 self._idle.set()
 
@@ -112,7 +165,7 @@ class Pipeline:
         self, prompt: Prompt | Chat, deadline: Deadline, make_plan: Callable[[Prompt | Chat], Plan]
     ) -> Plan:
         deadline.check("plan")
-        if _size_of(prompt) <= INLINE_PLAN_BYTES:
+        if _is_small(prompt):
             return make_plan(prompt)
         return await asyncio.to_thread(make_plan, prompt)
 
@@ -127,17 +180,27 @@ class Pipeline:
 
     # --- decode, map, stream, detokenize ----------------------------------------------------------
 
+    async def _run(self, call: GenerateCall, plan: Plan, executor: Executor) -> AsyncGenerator[Delta | Ended]:
+        """One answer."""
+        call.deadline.check("start")
+        start = make_start(call, plan, self._checkpoint.fingerprint.digest)
+        with executor.request(start) as remote:
+            async for piece in self._answer(call, plan, remote):
+                yield piece
+
     async def _answer(self, call: GenerateCall, plan: Plan, remote: RemoteRequest) -> AsyncIterator[Delta | Ended]:
-        answer = Answer(self._checkpoint.tokenizer, call.stop, plan)
-        sender: asyncio.Task[None] | None = None
-        timer = remote.fail_after(call.deadline.time_left, lambda: _late(sender))
+        answer = Answer(self._checkpoint.tokenizer, call.stop, plan, call.sampling.min_tokens)
+        senders: list[asyncio.Task[None]] = []
+        timer = remote.fail_after(call.deadline.time_left, lambda: _late(senders))
         try:
             while True:
                 delta = Delta()
                 ended: Ended | None = None
                 for event in await remote.next_events():
                     if isinstance(event, MissingItems):
-                        sender = asyncio.create_task(self._send_items(event.indices, plan, remote, answer))
+                        senders.append(asyncio.create_task(self._send_items(event.indices, plan, remote, answer)))
+                    elif isinstance(event, PromptScores):
+                        delta.prompt_logprobs += event.logprobs
                     elif isinstance(event, TokenOutput):
                         answer.add(event.token_id, event.logprobs, delta)
                         if answer.is_stopped:
@@ -146,13 +209,13 @@ class Pipeline:
                             break
                     elif isinstance(event, Completed):
                         ended = answer.complete(event.completion)
-                if delta.token_ids:
+                if delta.token_ids or delta.prompt_logprobs:
                     yield delta
                 if ended is not None:
                     yield ended
                     return
         finally:
-            if sender is not None:
+            for sender in senders:
                 sender.cancel()
             if timer is not None:
                 timer.cancel()
@@ -175,51 +238,53 @@ class Pipeline:
         if index >= len(plan.items):
             raise InternalError(f"the executor asks for item {index} of {len(plan.items)}", stage="decode")
         item = plan.items[index]
-        mapped = item.mapped or await self._media.load(item, index)
+        _, mapped = await self._load(item, index)
         answer.add_times(mapped.decode_seconds, mapped.map_seconds)
         for tensor_index, name in enumerate(item.tensors):
             remote.send_tensor(index, tensor_index, mapped.tensors[name])
+
+    async def _load(self, item: PlannedItem, index: int) -> tuple[int, MappedItem]:
+        return index, item.mapped or await self._media.load(item, index)
 
 
 def check_call(call: GenerateCall, vocab_size: int) -> None:
     """What can be refused without looking at the input."""
     check_sampling(call.sampling, vocab_size=vocab_size)
-    if len(call.request_id) > MAX_REQUEST_ID_LENGTH:
-        raise _too_many("request_id has {} characters", len(call.request_id), MAX_REQUEST_ID_LENGTH)
-    if len(call.stop) > MAX_STOP_STRINGS:
-        raise _too_many("stop has {} strings", len(call.stop), MAX_STOP_STRINGS)
-    for text in call.stop:
-        if not text:
-            raise InvalidInputError("a stop string is empty", stage="admit", limit=1, actual=0, field="stop")
-        if len(text) > MAX_STOP_LENGTH:
-            raise _too_many("a stop string has {} characters", len(text), MAX_STOP_LENGTH)
-    for index, media in enumerate(call.input.media):
+    check_count("request_id has {} characters", len(call.request_id), MAX_REQUEST_ID_LENGTH)
+    check_whole(call.input)
+
+
+def check_whole(prompt: Prompt | Chat) -> None:
+    """InvalidInputError where only the beginning of a file was sent."""
+    for index, media in enumerate(prompt.media):
         if isinstance(media.source, MediaHeader):
             raise InvalidInputError(
-                f"item {index} is only a header: Plan takes those, Generate needs the whole file",
+                f"item {index} is only a header: Plan takes those, Generate and Process need the whole file",
                 stage="admit",
                 item=index,
             )
 
 
-def _too_many(what: str, actual: int, limit: int) -> LimitExceededError:
-    return LimitExceededError(
-        f"{what.format(actual)}; at most {limit} are allowed", stage="admit", limit=limit, actual=actual
-    )
+def _tensor_pieces(index: int, item: PlannedItem, mapped: MappedItem) -> Iterator[TensorPiece]:
+    for tensor_index, name in enumerate(item.tensors):
+        for chunk in split_tensor(0, index, tensor_index, tensor_bytes(mapped.tensors[name])):
+            yield TensorPiece(index, tensor_index, chunk.offset, chunk.data)
 
 
-def _late(sender: asyncio.Task[None] | None) -> DiptychError:
-    stage = "generate" if sender is None or sender.done() else "decode"
+def _late(senders: Sequence[asyncio.Task[None]]) -> DiptychError:
+    stage = "generate" if all(sender.done() for sender in senders) else "decode"
     return DeadlineError(f"the deadline passed in stage {stage!r}", stage=stage)
 
 
-def _size_of(prompt: Prompt | Chat) -> int:
-    """Bytes of text and media, roughly: what planning has to look at."""
+def _is_small(prompt: Prompt | Chat) -> bool:
+    """Whether planning takes so little that nobody notices it on the event loop."""
     if isinstance(prompt, Prompt):
-        texts = len(prompt.text)
+        num_parts, num_characters = 1, len(prompt.text)
     else:
-        texts = sum(len(part) for message in prompt.messages for part in message.parts if isinstance(part, str))
-    return texts + sum(_media_size(media) for media in prompt.media)
+        num_parts = sum(1 + len(message.parts) for message in prompt.messages)
+        num_characters = sum(map(len, prompt.texts))
+    num_media_bytes = sum(_media_size(media) for media in prompt.media)
+    return num_parts <= INLINE_PARTS and num_characters <= INLINE_TEXT and num_media_bytes <= INLINE_MEDIA_BYTES
 
 
 def _media_size(media: Media) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -16,6 +16,7 @@ from typing import Final
 from diptych.service.errors import InvalidInputError, LimitExceededError, UnimplementedError
 from diptych.service.media_errors import from_media_error
 from preprocess_service.chat import ChatRenderer
+from preprocess_service.limits import DEFAULT_MAX_PROMPT_BYTES, check_text_size, num_text_bytes
 from preprocess_service.media.probe import Probed, Prober
 from preprocess_service.media.sources import fetch
 from preprocess_service.requests import Chat, Media, MediaHeader, Plan, PlannedItem, Prompt
@@ -35,6 +36,10 @@ class RequestLimits:
 
     media: MediaLimits = field(default_factory=MediaLimits)
     max_model_len: int | None = None
+
+    def max_items(self, modalities: Iterable[str]) -> int:
+        """Media items of all these modalities together."""
+        return sum(map(self.media.max_items, modalities))
 
 
 class Checkpoint:
@@ -57,7 +62,9 @@ class Planner:
         checkpoint: Checkpoint,
         limits: Callable[[], RequestLimits],
         max_media_bytes: int = DEFAULT_MAX_MEDIA_BYTES,
+        max_prompt_bytes: int = DEFAULT_MAX_PROMPT_BYTES,
     ) -> None:
+        self.max_prompt_bytes = max_prompt_bytes
         self._family = checkpoint.family
         self._checkpoint = checkpoint
         self._limits = limits
@@ -93,7 +100,7 @@ class Planner:
         ]
         for index, item in enumerate(probed):
             _check_size(item.info, index, limits)
-        expanded = self._expand(self._tokenize(prompt), [item.info for item in probed])
+        expanded = self._expand(self._tokenize(prompt, limits), [item.info for item in probed])
         _check_length(len(expanded.prompt_token_ids), limits)
         items = [
             self._planned_item(item, source, placeholder, expanded.prompt_token_ids)
@@ -108,6 +115,8 @@ class Planner:
         if is_empty:
             what = "conversation has no messages" if isinstance(prompt, Chat) else "prompt is empty"
             raise InvalidInputError(f"the {what}", stage="admit")
+        texts = prompt.texts if isinstance(prompt, Chat) else (prompt.text,)
+        check_text_size("the prompt", sum(map(num_text_bytes, texts)), self.max_prompt_bytes)
         for index, media in enumerate(prompt.media):
             self._check_modality(media, index)
         try:
@@ -123,10 +132,19 @@ class Planner:
                 f"item {index}: {error}", stage="admit", item=index, modality=media.modality
             ) from error
 
-    def _tokenize(self, prompt: Prompt | Chat) -> list[int]:
+    def _tokenize(self, prompt: Prompt | Chat, limits: RequestLimits) -> list[int]:
         if isinstance(prompt, Chat):
-            return self._checkpoint.chat.encode(prompt)
+            return self._checkpoint.chat.encode(prompt, lambda rendered: self._check_text(rendered, limits))
+        self._check_text(prompt.text, limits)
         return self._checkpoint.tokenizer.encode(prompt.text)
+
+    def _check_text(self, text: str, limits: RequestLimits) -> None:
+        """Refuse, before the work of tokenizing it, a text that is too large or certain to be too many tokens."""
+        num_bytes, longest = num_text_bytes(text), self._checkpoint.tokenizer.max_bytes_per_token
+        # A template may have made more of the messages than they were.
+        check_text_size("the prompt", num_bytes, self.max_prompt_bytes)
+        if longest is not None:
+            _check_length(-(-num_bytes // longest), limits, f"{num_bytes} bytes of text, at least ")
 
     def _expand(self, token_ids: list[int], infos: list[MediaInfo]) -> ProcessorInputs:
         if not token_ids:
@@ -162,11 +180,11 @@ def _check_size(info: MediaInfo, index: int, limits: RequestLimits) -> None:
         raise from_media_error(error, "probe") from error
 
 
-def _check_length(num_tokens: int, limits: RequestLimits) -> None:
-    """At least one output token must fit behind the prompt."""
+def _check_length(num_tokens: int, limits: RequestLimits, so_many: str = "") -> None:
+    """At least one output token must fit behind the prompt; `so_many` stands before the number in the error."""
     if limits.max_model_len is not None and num_tokens > limits.max_model_len - 1:
         raise LimitExceededError(
-            f"the prompt has {num_tokens} tokens; at most {limits.max_model_len - 1} fit "
+            f"the prompt has {so_many}{num_tokens} tokens; at most {limits.max_model_len - 1} fit "
             f"(max_model_len {limits.max_model_len} leaves room for one output token)",
             stage="plan",
             limit=limits.max_model_len - 1,

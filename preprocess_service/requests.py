@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -61,6 +61,13 @@ class Chat:
     messages: tuple[ChatMessage, ...]
 
     @property
+    def texts(self) -> Iterator[str]:
+        """Everything the client wrote: roles and texts."""
+        for message in self.messages:
+            yield message.role
+            yield from (part for part in message.parts if isinstance(part, str))
+
+    @property
     def media(self) -> tuple[Media, ...]:
         """The conversation's media items in order."""
         return tuple(item for message in self.messages for item in message.media)
@@ -90,14 +97,17 @@ class Deadline:
 
 @dataclass(frozen=True, slots=True)
 class GenerateCall:
-    """A request for an answer. `sampling` is passed on to the executor as it is."""
+    """A request for an answer. `sampling` is passed on to the executor, with the tokens of `bad_words` added."""
 
     input: Prompt | Chat
     request_id: str
     sampling: tensor_pb2.SamplingParams = field(default_factory=tensor_pb2.SamplingParams)
     stop: tuple[str, ...] = ()
+    bad_words: tuple[str, ...] = ()
     deadline: Deadline = Deadline()
     traceparent: str | None = None
+    priority: int | None = None
+    num_answers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,19 +170,32 @@ class Plan:
 
 @dataclass(slots=True)
 class Delta:
-    """A piece of an answer."""
+    """A piece of answer `index`; before the first token, log probabilities of the prompt if they were asked for."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[tensor_pb2.PositionLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[tensor_pb2.PositionLogprobs] = field(default_factory=list)
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPiece:
+    """Bytes of one tensor of item `item_index`, from byte `offset` on."""
+
+    item_index: int
+    tensor_index: int
+    offset: int
+    data: memoryview
 
 
 @dataclass(slots=True)
 class Ended:
-    """The end of an answer; `text` is what was held back until now."""
+    """The end of answer `index`; `text` is what was held back until now."""
 
     text: str
     finish_reason: tensor_pb2.FinishReason
     usage: tensor_pb2.Usage
     times: tensor_pb2.StageTimes
     stop: str | None = None
+    index: int = 0

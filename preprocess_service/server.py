@@ -93,7 +93,7 @@ class PreprocessServer:
         )
         self._executors = executors
         self._media = MediaWorkers(checkpoint.family, settings.media_threads)
-        planner = Planner(checkpoint, lambda: executors.limits, settings.max_media_bytes)
+        planner = Planner(checkpoint, lambda: executors.limits, settings.max_media_bytes, settings.max_prompt_bytes)
         self._pipeline = Pipeline(checkpoint, planner, self._media, executors, settings.max_pending_requests)
         if settings.log_level == "debug":
             _add_channelz(self._frame.server)

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import AsyncIterator, Iterable
+from contextlib import aclosing
 from typing import Any, Final
 
-from diptych.service.errors import InvalidInputError, LimitExceededError, NotFoundError, UnimplementedError
+from diptych.service.errors import InvalidInputError, LimitExceededError, NotFoundError
 from diptych.v1 import preprocess_pb2
-from diptych.wire.dtypes import DTYPE_OF_NAME, NAME_OF_MODALITY
+from diptych.wire.dtypes import DTYPE_OF_NAME
 from diptych.wire.media import media_info_to_proto, placeholder_to_proto
 from preprocess_service.executor_client import ExecutorPool
-from preprocess_service.pipeline import INLINE_PLAN_BYTES, Pipeline
+from preprocess_service.limits import (
+    MAX_BAD_WORD_LENGTH,
+    MAX_BAD_WORDS,
+    MAX_DETOKENIZED,
+    MAX_STOP_LENGTH,
+    MAX_STOP_STRINGS,
+    check_count,
+    check_texts,
+)
+from preprocess_service.pipeline import Pipeline
 from preprocess_service.planning import Checkpoint
+from preprocess_service.reading import read_input
 from preprocess_service.requests import (
     Chat,
-    ChatMessage,
     Deadline,
     Delta,
     Ended,
     GenerateCall,
-    Media,
-    MediaHeader,
     Plan,
     PlannedItem,
     Prompt,
+    TensorPiece,
 )
 
 MAX_ANSWERS: Final = 128
@@ -45,33 +53,38 @@ class PreprocessServicer:
     ) -> AsyncIterator[preprocess_pb2.GenerateResponse]:
         """Stream the answer."""
         self._check_model(request)
-        check_served_fields(request)
+        check_texts("stop", "stop string", request.stop, MAX_STOP_STRINGS, MAX_STOP_LENGTH)
+        check_texts("bad_words", "bad word", request.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH)
         call = GenerateCall(
-            input=read_input(request),
+            input=self._read_input(request),
             request_id=request.request_id or secrets.token_hex(8),
             sampling=request.sampling,
             stop=tuple(request.stop),
+            bad_words=tuple(request.bad_words),
             deadline=Deadline.after(context.time_remaining()),
             traceparent=_traceparent(context),
+            priority=request.priority if request.HasField("priority") else None,
+            num_answers=_check_n(request.n) if request.HasField("n") else 1,
         )
-        pieces = self._pipeline.generate(call)
-        try:
+        async with aclosing(self._pipeline.generate(call)) as pieces:
             async for piece in pieces:
                 yield generate_response(piece)
-        finally:
-            await pieces.aclose()  # type: ignore[attr-defined]
 
     async def Plan(self, request: preprocess_pb2.PlanRequest, context: Any) -> preprocess_pb2.PlanResponse:  # noqa: N802
         """Plan from headers."""
         self._check_model(request)
-        return plan_response(await self._pipeline.plan(read_input(request), Deadline.after(context.time_remaining())))
+        deadline = Deadline.after(context.time_remaining())
+        return plan_response(await self._pipeline.plan(self._read_input(request), deadline))
 
     async def Process(  # noqa: N802
         self, request: preprocess_pb2.ProcessRequest, context: Any
     ) -> AsyncIterator[preprocess_pb2.ProcessResponse]:
-        """Not served yet."""
-        raise UnimplementedError("Process is not served yet", stage="admit", method="Process")
-        yield  # type: ignore[unreachable]  # makes this a stream
+        """Stream the plan and the tensors."""
+        self._check_model(request)
+        deadline = Deadline.after(context.time_remaining())
+        async with aclosing(self._pipeline.process(self._read_input(request), deadline)) as pieces:
+            async for piece in pieces:
+                yield process_response(piece)
 
     async def Tokenize(  # noqa: N802
         self, request: preprocess_pb2.TokenizeRequest, context: Any
@@ -79,16 +92,14 @@ class PreprocessServicer:
         """Token ids of a text."""
         self._check_model(request)
         adds = request.add_special_tokens if request.HasField("add_special_tokens") else True
-        encode = self._checkpoint.tokenizer.encode
-        if len(request.text) <= INLINE_PLAN_BYTES:
-            return preprocess_pb2.TokenizeResponse(token_ids=encode(request.text, adds))
-        return preprocess_pb2.TokenizeResponse(token_ids=await asyncio.to_thread(encode, request.text, adds))
+        return preprocess_pb2.TokenizeResponse(token_ids=await self._pipeline.tokenize(request.text, adds))
 
     async def Detokenize(  # noqa: N802
         self, request: preprocess_pb2.DetokenizeRequest, context: Any
     ) -> preprocess_pb2.DetokenizeResponse:
         """The text of token ids."""
         self._check_model(request)
+        check_count("token_ids has {} ids", len(request.token_ids), MAX_DETOKENIZED)
         vocab_size = self._checkpoint.family.ctx.vocab_size
         if (largest := max(request.token_ids, default=0)) >= vocab_size:
             raise InvalidInputError(
@@ -98,7 +109,8 @@ class PreprocessServicer:
                 actual=largest,
             )
         skips = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-        return preprocess_pb2.DetokenizeResponse(text=self._checkpoint.tokenizer.decode(request.token_ids, skips))
+        text = await self._pipeline.detokenize(list(request.token_ids), skips)
+        return preprocess_pb2.DetokenizeResponse(text=text)
 
     async def ListModels(  # noqa: N802
         self, request: preprocess_pb2.ListModelsRequest, context: Any
@@ -118,6 +130,9 @@ class PreprocessServicer:
         )
         return preprocess_pb2.ListModelsResponse(models=[model])
 
+    def _read_input(self, request: Any) -> Prompt | Chat:
+        return read_input(request, self._executors.limits.max_items(self._checkpoint.family.modalities))
+
     def _check_model(self, request: Any) -> None:
         if request.HasField("model") and request.model != self._model_name:
             raise NotFoundError(
@@ -127,15 +142,7 @@ class PreprocessServicer:
             )
 
 
-def check_served_fields(request: preprocess_pb2.GenerateRequest) -> None:
-    """Fields of the contract that are not served yet are UNIMPLEMENTED, never ignored."""
-    if request.HasField("n"):
-        _check_n(request.n)
-    if request.HasField("priority"):
-        raise UnimplementedError("priority is not served yet", stage="admit", field="priority")
-
-
-def _check_n(n: int) -> None:
+def _check_n(n: int) -> int:
     if not 1 <= n <= MAX_ANSWERS:
         raise LimitExceededError(
             f"n is {n}; it must be at least 1 and at most {MAX_ANSWERS}",
@@ -144,62 +151,33 @@ def _check_n(n: int) -> None:
             actual=n,
             field="n",
         )
-    if n > 1:
-        raise UnimplementedError(f"n is {n}; more than one answer is not served yet", stage="admit", field="n")
-
-
-def read_input(request: Any) -> Prompt | Chat:
-    """The prompt or conversation of a request."""
-    kind = request.WhichOneof("input")
-    if kind == "prompt":
-        media = (_read_media(item, index) for index, item in enumerate(request.prompt.media))
-        return Prompt(request.prompt.text, tuple(media))
-    if kind == "chat":
-        return _read_chat(request.chat.messages)
-    raise InvalidInputError("neither a prompt nor a chat is given", stage="admit", field="input")
-
-
-def _read_chat(messages: Iterable[preprocess_pb2.ChatMessage]) -> Chat:
-    turns, num_items = [], 0
-    for message in messages:
-        parts: list[str | Media] = []
-        for part in message.parts:
-            kind = part.WhichOneof("part")
-            if kind is None:
-                raise InvalidInputError("a chat part is neither text nor media", stage="admit", field="parts")
-            if kind == "media":
-                parts.append(_read_media(part.media, num_items))
-                num_items += 1
-            else:
-                parts.append(part.text)
-        turns.append(ChatMessage(message.role, tuple(parts)))
-    return Chat(tuple(turns))
-
-
-def _read_media(media: preprocess_pb2.Media, item: int) -> Media:
-    modality = NAME_OF_MODALITY.get(media.modality)
-    if modality is None:
-        raise InvalidInputError(f"item {item} has no modality", stage="admit", item=item, field="modality")
-    kind = media.WhichOneof("source")
-    if kind == "data":
-        return Media(modality, media.data)
-    if kind == "url":
-        return Media(modality, media.url)
-    if kind == "header":
-        return Media(modality, MediaHeader(media.header.prefix, media.header.total_bytes))
-    raise InvalidInputError(f"item {item} has neither data nor a URL", stage="admit", item=item, field="source")
+    return n
 
 
 def generate_response(piece: Delta | Ended) -> preprocess_pb2.GenerateResponse:
     """A piece of an answer as a message."""
     if isinstance(piece, Delta):
         return preprocess_pb2.GenerateResponse(
-            index=0, text=piece.text, token_ids=piece.token_ids, logprobs=piece.logprobs
+            index=piece.index,
+            text=piece.text,
+            token_ids=piece.token_ids,
+            logprobs=piece.logprobs,
+            prompt_logprobs=piece.prompt_logprobs,
         )
     final = preprocess_pb2.GenerateFinal(
         finish_reason=piece.finish_reason, usage=piece.usage, times=piece.times, stop=piece.stop
     )
-    return preprocess_pb2.GenerateResponse(index=0, text=piece.text, final=final)
+    return preprocess_pb2.GenerateResponse(index=piece.index, text=piece.text, final=final)
+
+
+def process_response(piece: Plan | TensorPiece) -> preprocess_pb2.ProcessResponse:
+    """The plan, or bytes of a tensor, as a message."""
+    if isinstance(piece, Plan):
+        return preprocess_pb2.ProcessResponse(plan=plan_response(piece))
+    chunk = preprocess_pb2.ProcessedChunk(
+        item_index=piece.item_index, tensor_index=piece.tensor_index, offset=piece.offset, data=bytes(piece.data)
+    )
+    return preprocess_pb2.ProcessResponse(chunk=chunk)
 
 
 def plan_response(plan: Plan) -> preprocess_pb2.PlanResponse:

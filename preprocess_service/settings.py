@@ -9,6 +9,7 @@ from pydantic import AfterValidator, ByteSize, Field
 
 from diptych.service.lifecycle import MAX_MESSAGE_BYTES
 from diptych.service.settings import Names, ServiceSettings
+from preprocess_service.limits import DEFAULT_MAX_PROMPT_BYTES
 
 
 def _check_addresses(addresses: tuple[str, ...]) -> tuple[str, ...]:
@@ -39,6 +40,11 @@ class PreprocessSettings(ServiceSettings):
     )
     max_media_bytes: ByteSize = Field(
         ByteSize(MAX_MESSAGE_BYTES), gt=0, description="size of one media file at most, e.g. 16MiB"
+    )
+    max_prompt_bytes: ByteSize = Field(
+        ByteSize(DEFAULT_MAX_PROMPT_BYTES),
+        gt=0,
+        description="text of one prompt, of all messages of a chat, or to Tokenize, as UTF-8, at most, e.g. 1MiB",
     )
     media_threads: int = Field(
         default_factory=lambda: os.cpu_count() or 1, ge=1, description="threads that decode and map media"

@@ -111,7 +111,7 @@ def wait_idle(
 
     async def check_front() -> None:
         executor.front.check_integrity()
-        assert executor.front.num_used_bytes == 0
+        assert executor.front.num_pinned_bytes == 0
 
     asyncio.run_coroutine_threadsafe(check_front(), loop).result(10)
 

@@ -53,6 +53,7 @@ class StandInExecutor:
         self.window = 1 << 20
         self.delay = 0.0
         self.accepting = True
+        self.num_running = 0
         self.requests: list[Live] = []
         self.num_streams = 0
         self.order: list[tuple[str, int]] = []
@@ -86,7 +87,7 @@ class StandInExecutor:
         self, request: executor_pb2.WatchLoadRequest, context: Any
     ) -> AsyncIterator[executor_pb2.WatchLoadResponse]:
         while True:
-            yield executor_pb2.WatchLoadResponse(accepting=self.accepting)
+            yield executor_pb2.WatchLoadResponse(accepting=self.accepting, num_running=self.num_running)
             await asyncio.sleep(0.02)
 
     async def Execute(  # noqa: N802
@@ -158,6 +159,12 @@ class StandInExecutor:
         return True
 
     async def _generate(self, handle: int, one: Live, final: executor_pb2.Final, responses: Any) -> None:
+        if one.start.sampling.HasField("prompt_logprobs"):
+            for token_id in one.start.prompt_token_ids[1:]:
+                chosen = tensor_pb2.TokenLogprob(token_id=token_id, logprob=-2.5)
+                entry = tensor_pb2.PositionLogprobs(chosen=chosen, top=[chosen])
+                message = executor_pb2.PromptLogprobs(handle=handle, logprobs=[entry])
+                responses.put_nowait(executor_pb2.ExecuteResponse(prompt_logprobs=message))
         token_ids = self.script(one.start)[: one.start.sampling.max_tokens or None]
         for token_id in token_ids:
             if one.cancelled.is_set():

@@ -98,8 +98,8 @@ def _plan_here(arguments: argparse.Namespace) -> Plan:
 def _plan_in_process(arguments: argparse.Namespace, limits: dict[str, int]) -> Plan:
     from diptych.service.errors import InvalidInputError
     from preprocess_service.planning import Checkpoint, Planner, RequestLimits
+    from preprocess_service.reading import read_input as read_message
     from preprocess_service.servicer import plan_response
-    from preprocess_service.servicer import read_input as read_message
     from registry import MediaLimits
     from registry.errors import RegistryError
 
@@ -110,8 +110,9 @@ def _plan_in_process(arguments: argparse.Namespace, limits: dict[str, int]) -> P
     except RegistryError as error:
         raise InvalidInputError(str(error), stage="boot") from error
     prompt: Prompt | Chat = read_input(arguments, checkpoint.family.placeholder_texts)
-    planner = Planner(checkpoint, lambda: RequestLimits(media_limits))
-    return plan_from_proto(plan_response(planner.plan(read_message(plan_request(prompt, None)))))
+    request_limits = RequestLimits(media_limits)
+    message = read_message(plan_request(prompt, None), request_limits.max_items(checkpoint.family.modalities))
+    return plan_from_proto(plan_response(Planner(checkpoint, lambda: request_limits).plan(message)))
 
 
 def _parse_limits(text: str | None) -> dict[str, int]:

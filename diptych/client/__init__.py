@@ -18,6 +18,7 @@ from diptych.client.results import (
     Model,
     Piece,
     Plan,
+    Processed,
     TensorShape,
     Usage,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "Model",
     "Piece",
     "Plan",
+    "Processed",
     "Prompt",
     "RequestError",
     "TensorShape",

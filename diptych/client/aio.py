@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -11,13 +12,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from diptych.client.channel import CHANNEL_OPTIONS
 from diptych.client.errors import from_rpc_error
-from diptych.client.inputs import Chat, GenerateOptions, Prompt, generate_request, plan_request
+from diptych.client.inputs import Chat, GenerateOptions, Prompt, generate_request, plan_request, process_request
 from diptych.client.results import (
     ExecutorModel,
     Generation,
     Model,
     Piece,
     Plan,
+    Processed,
     executor_model_from_proto,
     models_from_proto,
     piece_from_proto,
@@ -73,11 +75,31 @@ class AsyncClient:
         timeout: float | None = None,  # noqa: ASYNC109  # the deadline that travels with the call
         **options: Unpack[GenerateOptions],
     ) -> Generation:
-        """The whole answer."""
-        generation = Generation()
+        """The whole answer; the first, where several are asked for."""
+        return (await self.generate_all(prompt, timeout=timeout, **options))[0]
+
+    async def generate_all(
+        self,
+        prompt: Prompt | Chat,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109  # the deadline that travels with the call
+        **options: Unpack[GenerateOptions],
+    ) -> list[Generation]:
+        """All `n` answers whole."""
+        generations: defaultdict[int, Generation] = defaultdict(Generation)
         async for piece in self.stream(prompt, timeout=timeout, **options):
-            generation.add(piece)
-        return generation
+            generations[piece.index].add(piece)
+        return [generations[index] for index in sorted(generations)]
+
+    async def process(self, prompt: Prompt | Chat, *, model: str | None = None) -> Processed:
+        """Plan and tensors, for a consumer of one's own."""
+        processed, call = Processed(), self._stub.Process(process_request(prompt, model), timeout=self._timeout)
+        try:
+            async for message in call:
+                processed.add(message)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        return processed
 
     async def plan(self, prompt: Prompt | Chat, *, model: str | None = None) -> Plan:
         """Token ids, placeholder ranges and tensor shapes; nothing is decoded."""

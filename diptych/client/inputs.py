@@ -22,7 +22,9 @@ _MODALITY_OF_SUFFIX: Final = {
     **dict.fromkeys((".wav", ".flac", ".ogg", ".oga", ".opus"), "audio"),
     **dict.fromkeys((".mp4", ".m4v", ".mov"), "video"),
 }
-RequestT = TypeVar("RequestT", preprocess_pb2.GenerateRequest, preprocess_pb2.PlanRequest)
+RequestT = TypeVar(
+    "RequestT", preprocess_pb2.GenerateRequest, preprocess_pb2.PlanRequest, preprocess_pb2.ProcessRequest
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,10 @@ class Chat:
 
 
 class GenerateOptions(TypedDict, total=False):
-    """Options of an answer; the contract's `SamplingParams` and `GenerateRequest` say what each means."""
+    """Options of an answer; the contract's `SamplingParams` and `GenerateRequest` say what each means.
+
+    A bad word is a text, or a sequence of token ids.
+    """
 
     max_tokens: int
     temperature: float
@@ -156,6 +161,7 @@ class GenerateOptions(TypedDict, total=False):
     frequency_penalty: float
     logit_bias: Mapping[int, float]
     min_tokens: int
+    bad_words: Sequence[str | Sequence[int]]
     stop: Sequence[str]
     n: int
     priority: int
@@ -170,6 +176,9 @@ def generate_request(prompt: Prompt | Chat, options: GenerateOptions) -> preproc
     """The message of a request; RequestError for a value that its field cannot hold."""
     given = {name: value for name, value in options.items() if value is not None}
     request = preprocess_pb2.GenerateRequest()
+    words: Sequence[str | Sequence[int]] = given.pop("bad_words", ())  # type: ignore[assignment]
+    for word in words:
+        _set(request if isinstance(word, str) else request.sampling, "bad_words", word)
     for name, value in given.items():
         _set(request if name in _REQUEST_FIELDS else request.sampling, name, value)
     return _with_input(request, prompt)
@@ -178,6 +187,11 @@ def generate_request(prompt: Prompt | Chat, options: GenerateOptions) -> preproc
 def plan_request(prompt: Prompt | Chat, model: str | None) -> preprocess_pb2.PlanRequest:
     """The message of a plan."""
     return _with_input(preprocess_pb2.PlanRequest(model=model), prompt)
+
+
+def process_request(prompt: Prompt | Chat, model: str | None) -> preprocess_pb2.ProcessRequest:
+    """The message that asks for tensors."""
+    return _with_input(preprocess_pb2.ProcessRequest(model=model), prompt)
 
 
 def _with_input(request: RequestT, prompt: Prompt | Chat) -> RequestT:
@@ -193,6 +207,8 @@ def _set(message: Any, name: str, value: Any) -> None:
     try:
         if name == "logit_bias":
             message.logit_bias.update(value)
+        elif name == "bad_words":
+            message.bad_words.append(value if isinstance(value, str) else tensor_pb2.TokenSequence(token_ids=value))
         elif name in ("stop", "stop_token_ids"):
             getattr(message, name).extend(value)
         else:

@@ -20,7 +20,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Log probability of one output token, and of the likeliest ones as (token id, log probability)."""
+    """Log probability of one token of output or prompt, and of the likeliest ones as (token id, log probability)."""
 
     token_id: int
     logprob: float
@@ -39,28 +39,35 @@ class Final:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of an answer; the last one has `final`."""
+    """A piece of answer `index`; its last has `final`, those before its first token `prompt_logprobs`, if asked for."""
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[Logprobs, ...]
     final: Final | None
+    prompt_logprobs: tuple[Logprobs, ...] = ()
+    index: int = 0
 
 
 @dataclass(slots=True)
 class Generation:
-    """A whole answer. `logprobs` has one entry per token if they were asked for, else it is empty."""
+    """A whole answer. `logprobs` has one entry per token if they were asked for, else it is empty.
+
+    `prompt_logprobs`, too: one per token of the expanded prompt from the second on.
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
     final: Final | None = None
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
 
     def add(self, piece: Piece) -> None:
         """Append one piece."""
         self.text += piece.text
         self.token_ids += piece.token_ids
         self.logprobs += piece.logprobs
+        self.prompt_logprobs += piece.prompt_logprobs
         self.final = piece.final or self.final
 
 
@@ -93,6 +100,24 @@ class Plan:
 
     prompt_token_ids: list[int]
     items: tuple[Item, ...]
+
+
+@dataclass(slots=True)
+class Processed:
+    """A plan and the bytes of its tensors: `tensors[item][name]`, row-major and little-endian, as the plan says."""
+
+    plan: Plan = field(default_factory=lambda: Plan([], ()))
+    tensors: list[dict[str, bytearray]] = field(default_factory=list)
+
+    def add(self, message: preprocess_pb2.ProcessResponse) -> None:
+        """Take one message of the stream: first the plan, then pieces in order."""
+        if message.HasField("plan"):
+            self.plan = plan_from_proto(message.plan)
+            self.tensors = [{tensor.name: bytearray() for tensor in item.tensors} for item in self.plan.items]
+        else:
+            chunk = message.chunk
+            name = self.plan.items[chunk.item_index].tensors[chunk.tensor_index].name
+            self.tensors[chunk.item_index][name] += chunk.data
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +172,14 @@ class ExecutorModel:
 def piece_from_proto(message: preprocess_pb2.GenerateResponse) -> Piece:
     """A piece from its message."""
     final = _final(message.final) if message.HasField("final") else None
-    return Piece(message.text, tuple(message.token_ids), tuple(_logprobs(message.logprobs)), final)
+    return Piece(
+        message.text,
+        tuple(message.token_ids),
+        tuple(_logprobs(message.logprobs)),
+        final,
+        tuple(_logprobs(message.prompt_logprobs)),
+        message.index,
+    )
 
 
 def plan_from_proto(message: preprocess_pb2.PlanResponse) -> Plan:

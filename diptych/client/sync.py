@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -11,13 +12,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from diptych.client.channel import CHANNEL_OPTIONS
 from diptych.client.errors import from_rpc_error
-from diptych.client.inputs import Chat, GenerateOptions, Prompt, generate_request, plan_request
+from diptych.client.inputs import Chat, GenerateOptions, Prompt, generate_request, plan_request, process_request
 from diptych.client.results import (
     ExecutorModel,
     Generation,
     Model,
     Piece,
     Plan,
+    Processed,
     executor_model_from_proto,
     models_from_proto,
     piece_from_proto,
@@ -65,8 +67,27 @@ class Client:
     def generate(
         self, prompt: Prompt | Chat, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Generation:
-        """The whole answer."""
-        return collect(self.stream(prompt, timeout=timeout, **options))
+        """The whole answer; the first, where several are asked for."""
+        return self.generate_all(prompt, timeout=timeout, **options)[0]
+
+    def generate_all(
+        self, prompt: Prompt | Chat, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> list[Generation]:
+        """All `n` answers whole."""
+        generations: defaultdict[int, Generation] = defaultdict(Generation)
+        for piece in self.stream(prompt, timeout=timeout, **options):
+            generations[piece.index].add(piece)
+        return [generations[index] for index in sorted(generations)]
+
+    def process(self, prompt: Prompt | Chat, *, model: str | None = None) -> Processed:
+        """Plan and tensors, for a consumer of one's own."""
+        processed, call = Processed(), self._stub.Process(process_request(prompt, model), timeout=self._timeout)
+        try:
+            for message in call:
+                processed.add(message)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        return processed
 
     def plan(self, prompt: Prompt | Chat, *, model: str | None = None) -> Plan:
         """Token ids, placeholder ranges and tensor shapes; nothing is decoded."""
@@ -103,11 +124,3 @@ class Client:
             return method(request, timeout=self._timeout)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
-
-
-def collect(pieces: Iterable[Piece]) -> Generation:
-    """The whole answer of its pieces."""
-    generation = Generation()
-    for piece in pieces:
-        generation.add(piece)
-    return generation

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from diptych.service.errors import DiptychError, InternalError
+from diptych.service.errors import DiptychError, InternalError, InvalidInputError
 
 LOG = logging.getLogger("diptych.rpc")
 
@@ -31,41 +34,56 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _wrapped(handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
-    codec = {
-        "request_deserializer": handler.request_deserializer,
-        "response_serializer": handler.response_serializer,
-    }
+    """The handler, given raw bytes: a request that grpc cannot parse would never get here."""
+    codec = {"request_deserializer": None, "response_serializer": handler.response_serializer}
+    parse: Callable[[Any], Any] = functools.partial(_parse, handler.request_deserializer, method)
+    if handler.request_streaming:
+        parse = functools.partial(_parse_all, parse)
     if handler.response_streaming:
         inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
         make = (
             grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
         )
-        return make(_streaming(inner, method), **codec)
+        return make(_streaming(inner, parse, method), **codec)
     inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
     make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
-    return make(_unary(inner, method), **codec)
+    return make(_unary(inner, parse, method), **codec)
 
 
-def _unary(inner: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
+def _parse(deserialize: Callable[[bytes], Any] | None, method: str, data: bytes) -> Any:
+    try:
+        return deserialize(data) if deserialize is not None else data
+    except DecodeError as error:
+        raise InvalidInputError(f"the bytes sent are no message that {method} takes", stage="receive") from error
+
+
+async def _parse_all(parse: Callable[[bytes], Any], messages: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async for data in messages:
+        yield parse(data)
+
+
+def _unary(
+    inner: Callable[..., Awaitable[Any]], parse: Callable[[Any], Any], method: str
+) -> Callable[..., Awaitable[Any]]:
     async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
-            return await inner(request, context)
+            return await inner(parse(request), context)
         except Exception as error:
             await _abort(context, error, method)
 
     return call
 
 
-def _streaming(inner: Callable[..., AsyncIterator[Any]], method: str) -> Callable[..., AsyncIterator[Any]]:
+def _streaming(
+    inner: Callable[..., AsyncIterator[Any]], parse: Callable[[Any], Any], method: str
+) -> Callable[..., AsyncIterator[Any]]:
     async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        responses = inner(request, context)
         try:
-            async for response in responses:
-                yield response
+            async with contextlib.aclosing(inner(parse(request), context)) as responses:  # type: ignore[type-var]
+                async for response in responses:
+                    yield response
         except Exception as error:
             await _abort(context, error, method)
-        finally:
-            await responses.aclose()  # type: ignore[attr-defined]
 
     return call
 

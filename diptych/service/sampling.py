@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from diptych.service.errors import InvalidInputError, UnimplementedError
+from diptych.service.errors import InvalidInputError
 from diptych.v1 import tensor_pb2
 
 MAX_STOP_TOKEN_IDS: Final = 64
 MAX_LOGPROBS: Final = 20
-UNSERVED_FIELDS: Final = (
-    "min_p",
-    "prompt_logprobs",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "min_tokens",
-    "bad_words",
-)
-"""Fields of the contract that are not served yet: set, they are UNIMPLEMENTED, never ignored."""
+MAX_LOGIT_BIASES: Final = 1024
+MAX_BAD_WORDS: Final = 256
+MAX_BAD_WORD_TOKENS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,28 +42,51 @@ _RANGES: Final = {
     "max_tokens": _Range(1),
     "temperature": _Range(0, 100),
     "top_p": _Range(0, 1, above=True),
+    "min_p": _Range(0, 1),
     "logprobs": _Range(0, MAX_LOGPROBS),
+    "prompt_logprobs": _Range(0, MAX_LOGPROBS),
+    "repetition_penalty": _Range(0, 100, above=True),
+    "presence_penalty": _Range(-2, 2),
+    "frequency_penalty": _Range(-2, 2),
 }
+_BIAS_RANGE: Final = _Range(-100, 100)
 
 
-def check_sampling(params: tensor_pb2.SamplingParams, *, vocab_size: int | None = None, stage: str = "admit") -> None:
-    """InvalidInputError for a value out of range, UnimplementedError for a field that is not served yet.
+def check_sampling(
+    params: tensor_pb2.SamplingParams,
+    *,
+    vocab_size: int | None = None,
+    eos_token_ids: Collection[int] = (),
+    stage: str = "admit",
+) -> None:
+    """InvalidInputError for a value out of range.
 
-    `vocab_size`: where it is known, stop token ids must be below it.
+    `vocab_size`: where it is known, token ids must be below it, and `eos_token_ids`, bad words and stop tokens may not
+    rule out every one of them.
     """
     for field, _ in params.ListFields():
-        if field.name in UNSERVED_FIELDS:
-            raise UnimplementedError(f"sampling.{field.name} is not served yet", stage=stage, field=field.name)
         if field.name in _RANGES:
-            _check_range(field.name, getattr(params, field.name), stage)
-    _check_stop_token_ids(params, vocab_size, stage)
+            _check_range(field.name, getattr(params, field.name), _RANGES[field.name], stage)
+    if params.HasField("max_tokens") and params.min_tokens > params.max_tokens:
+        raise InvalidInputError(
+            f"sampling.min_tokens is {params.min_tokens}; it must be at most max_tokens, which is {params.max_tokens}",
+            stage=stage,
+            limit=params.max_tokens,
+            actual=params.min_tokens,
+            field="min_tokens",
+        )
+    _check_count("stop_token_ids", len(params.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids", stage)
+    _check_ids("stop_token_ids", params.stop_token_ids, vocab_size, stage)
+    _check_logit_bias(params, vocab_size, stage)
+    _check_bad_words(params, vocab_size, stage)
+    if vocab_size is not None:
+        _check_choice(params, vocab_size, eos_token_ids, stage)
 
 
-def _check_range(name: str, value: float, stage: str) -> None:
-    allowed = _RANGES[name]
+def _check_range(name: str, value: float, allowed: _Range, stage: str, of: str = "") -> None:
     if value not in allowed:
         raise InvalidInputError(
-            f"sampling.{name} is {value:g}; it must be {allowed}",
+            f"sampling.{name}{of} is {value:g}; it must be {allowed}",
             stage=stage,
             limit=allowed.violated_bound(value),
             actual=value,
@@ -78,22 +94,64 @@ def _check_range(name: str, value: float, stage: str) -> None:
         )
 
 
-def _check_stop_token_ids(params: tensor_pb2.SamplingParams, vocab_size: int | None, stage: str) -> None:
-    count = len(params.stop_token_ids)
-    if count > MAX_STOP_TOKEN_IDS:
+def _check_count(name: str, count: int, most: int, what: str, stage: str) -> None:
+    if count > most:
         raise InvalidInputError(
-            f"sampling.stop_token_ids has {count} ids; at most {MAX_STOP_TOKEN_IDS} are allowed",
+            f"sampling.{name} has {count} {what}; at most {most} are allowed",
             stage=stage,
-            limit=MAX_STOP_TOKEN_IDS,
+            limit=most,
             actual=count,
-            field="stop_token_ids",
+            field=name,
         )
-    largest = max(params.stop_token_ids, default=0)
+
+
+def _check_ids(name: str, token_ids: Iterable[int], vocab_size: int | None, stage: str) -> None:
+    largest = max(token_ids, default=0)
     if vocab_size is not None and largest >= vocab_size:
         raise InvalidInputError(
-            f"sampling.stop_token_ids has {largest}; ids are below {vocab_size}",
+            f"sampling.{name} has {largest}; ids are below {vocab_size}",
             stage=stage,
             limit=vocab_size - 1,
             actual=largest,
-            field="stop_token_ids",
+            field=name,
+        )
+
+
+def _check_logit_bias(params: tensor_pb2.SamplingParams, vocab_size: int | None, stage: str) -> None:
+    _check_count("logit_bias", len(params.logit_bias), MAX_LOGIT_BIASES, "ids", stage)
+    _check_ids("logit_bias", params.logit_bias, vocab_size, stage)
+    for token_id, value in params.logit_bias.items():
+        _check_range("logit_bias", value, _BIAS_RANGE, stage, of=f" of token {token_id}")
+
+
+def _check_bad_words(params: tensor_pb2.SamplingParams, vocab_size: int | None, stage: str) -> None:
+    _check_count("bad_words", len(params.bad_words), MAX_BAD_WORDS, "token sequences", stage)
+    for index, sequence in enumerate(params.bad_words):
+        count = len(sequence.token_ids)
+        if not 1 <= count <= MAX_BAD_WORD_TOKENS:
+            raise InvalidInputError(
+                f"sequence {index} of sampling.bad_words has {count} ids; it must have at least 1 and at most "
+                f"{MAX_BAD_WORD_TOKENS}",
+                stage=stage,
+                limit=MAX_BAD_WORD_TOKENS if count else 1,
+                actual=count,
+                field="bad_words",
+            )
+        _check_ids("bad_words", sequence.token_ids, vocab_size, stage)
+
+
+def _check_choice(
+    params: tensor_pb2.SamplingParams, vocab_size: int, eos_token_ids: Collection[int], stage: str
+) -> None:
+    """Some token is always left, whatever the output is."""
+    ruled_out = {sequence.token_ids[-1] for sequence in params.bad_words}
+    if params.min_tokens:
+        ruled_out.update(params.stop_token_ids, eos_token_ids)
+    if len(ruled_out) >= vocab_size:
+        raise InvalidInputError(
+            f"sampling.bad_words and sampling.min_tokens may rule out all {vocab_size} tokens of the vocabulary",
+            stage=stage,
+            limit=vocab_size - 1,
+            actual=len(ruled_out),
+            field="bad_words",
         )

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from diptych.v1 import executor_pb2
@@ -35,6 +36,12 @@ class ItemChunk:
     tensor_index: int
     offset: int
     data: memoryview
+
+
+def tensor_bytes(array: np.ndarray) -> memoryview:
+    """The bytes of a contiguous array, without copying."""
+    # Reshaped because a view of bytes needs at least one axis.
+    return array.reshape(-1).view(np.uint8).data
 
 
 def split_tensor(handle: int, item_index: int, tensor_index: int, data: memoryview) -> Iterator[ItemChunk]:

@@ -15,6 +15,7 @@ from executor_service.checks.prompts import NEW_TOKENS, Prompt
 from executor_service.checks.trial import CPU, Trial
 from executor_service.engine.block_manager import BlockManager
 from executor_service.engine.core import Engine
+from executor_service.engine.encoder_cache import EncoderCache
 from executor_service.engine.kv_cache import allocate_kv_caches
 from executor_service.engine.messages import SamplingParams
 from executor_service.engine.model_runner import ModelOutput, ModelRunner
@@ -72,7 +73,9 @@ class Run:
         blocks = BlockManager(sum(-(-request.max_tokens // BLOCK_SIZE) for request in requests), BLOCK_SIZE)
         geometry = kv_geometry(self.trial.model, self.trial.family.ctx.text_config)
         recorder.kv_caches = allocate_kv_caches(geometry, blocks.num_blocks, recorder)
-        engine = Engine(Scheduler(blocks, len(requests), self.budget, self.budget), recorder, frozenset(), True)
+        features = EncoderCache(sum(item.layout.num_tokens for request in requests for item in request.items))
+        scheduler = Scheduler(blocks, features, len(requests), self.budget, self.budget)
+        engine = Engine(scheduler, recorder, frozenset(), True)
         for request in requests:
             engine.add(request)
         while engine.has_work:

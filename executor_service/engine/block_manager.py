@@ -1,10 +1,16 @@
-"""Blocks of the paged KV cache: who has which."""
+"""Blocks of the paged KV cache: who uses which, and which hold a prefix that another request may share.
+
+A block that has been computed to its end is registered under the digest of everything up to its end
+(`prefix_digests`). Blocks without users stay registered until they are needed for something else, least
+recently used first and a prefix's end before its beginning.
+"""
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
+from executor_service.engine.prefix_digests import extend_digests
 from executor_service.engine.request import Request
 
 
@@ -13,22 +19,31 @@ class IntegrityError(AssertionError):
 
 
 class BlockManager:
-    """Hands out blocks of `block_size` tokens; every block is free or belongs to one request."""
+    """Hands out blocks of `block_size` tokens; every block is free or used by one request, or several by prefix."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, shares_prefixes: bool = True) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free: deque[int] = deque(range(num_blocks))
+        self.shares_prefixes = shares_prefixes
+        self._num_users = [0] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._block_of: dict[bytes, int] = {}
+        self._digest_of: dict[int, bytes] = {}
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks nobody uses."""
+        """Blocks nobody uses, those that still hold a prefix included."""
         return len(self._free)
 
     @property
     def num_used_blocks(self) -> int:
         """Blocks in use."""
         return self.num_blocks - len(self._free)
+
+    @property
+    def num_registered_blocks(self) -> int:
+        """Blocks that hold a prefix, used or not."""
+        return len(self._digest_of)
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens fill."""
@@ -40,22 +55,81 @@ class BlockManager:
         if missing > len(self._free):
             return False
         for _ in range(missing):
-            request.block_table.append(self._free.popleft())
+            block, _ = self._free.popitem(last=False)
+            self._unregister(block)
+            self._num_users[block] = 1
+            request.block_table.append(block)
         return True
 
     def free(self, request: Request) -> None:
-        """Take all blocks of the request back, the last one first to be reused."""
-        self._free.extendleft(request.block_table)
+        """Take all blocks of the request back."""
+        for block in reversed(request.block_table):
+            self._num_users[block] -= 1
+            if not self._num_users[block]:
+                self._free[block] = None
+                if block not in self._digest_of:
+                    self._free.move_to_end(block, last=False)
         request.block_table.clear()
+        request.num_registered_blocks = 0
+
+    # --- prefixes -----------------------------------------------------------------------------------
+
+    def share_prefix(self, request: Request) -> int:
+        """Give a request without blocks the longest registered prefix; returns its tokens, less than all it has."""
+        if not (self.shares_prefixes and request.shares_prefix):
+            return 0
+        usable = (request.num_tokens - 1) // self.block_size
+        extend_digests(request, self.block_size, usable)
+        for digest in request.block_digests[:usable]:
+            block = self._block_of.get(digest)
+            if block is None:
+                break
+            self._free.pop(block, None)
+            self._num_users[block] += 1
+            request.block_table.append(block)
+        request.num_registered_blocks = len(request.block_table)
+        return len(request.block_table) * self.block_size
+
+    def register(self, request: Request) -> None:
+        """Note the request's blocks that have been computed to their end; what is already registered stays so."""
+        full = request.num_computed_tokens // self.block_size
+        if not (self.shares_prefixes and request.is_shareable) or full <= request.num_registered_blocks:
+            return
+        extend_digests(request, self.block_size, full)
+        for index in range(request.num_registered_blocks, full):
+            block, digest = request.block_table[index], request.block_digests[index]
+            if digest not in self._block_of:
+                self._block_of[digest] = block
+                self._digest_of[block] = digest
+        request.num_registered_blocks = full
+
+    def _unregister(self, block: int) -> None:
+        if (digest := self._digest_of.pop(block, None)) is not None:
+            del self._block_of[digest]
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
-        """IntegrityError unless every block is free once or owned once, and tables cover what was computed."""
-        owners = Counter(block for request in requests for block in request.block_table)
-        places = owners + Counter(self._free)
-        if set(places) != set(range(self.num_blocks)) or any(count != 1 for count in places.values()):
-            lost = sorted(set(range(self.num_blocks)) - set(places))[:5]
-            twice = sorted(block for block, count in places.items() if count > 1)[:5]
-            raise IntegrityError(f"KV blocks are not whole: lost {lost}, used twice {twice}")
+        """IntegrityError unless every block is free or used as often as counted, and tables cover what was computed."""
+        requests = list(requests)
+        users = Counter(block for request in requests for block in request.block_table)
+        for block, counted in enumerate(self._num_users):
+            if users[block] != counted or (block in self._free) != (counted == 0):
+                raise IntegrityError(
+                    f"KV block {block} has {users[block]} users, {counted} are counted, "
+                    f"{'free' if block in self._free else 'not free'}"
+                )
+        if users.keys() - set(range(self.num_blocks)) or len(self._free) > self.num_blocks:
+            raise IntegrityError("a KV block is in use that does not exist")
+        if {digest: block for block, digest in self._digest_of.items()} != self._block_of:
+            raise IntegrityError("registered prefixes and their blocks disagree")
         for request in requests:
-            if len(request.block_table) < self.num_blocks_for(request.num_computed_tokens):
-                raise IntegrityError(f"request {request.request_id} has computed more tokens than its blocks hold")
+            self._check_table(request)
+
+    def _check_table(self, request: Request) -> None:
+        if len(request.block_table) < self.num_blocks_for(request.num_computed_tokens):
+            raise IntegrityError(f"request {request.request_id} has computed more tokens than its blocks hold")
+        if len(set(request.block_table)) != len(request.block_table):
+            raise IntegrityError(f"request {request.request_id} has a block twice")
+        first_own = request.num_computed_tokens // self.block_size
+        for block in request.block_table[first_own:]:
+            if self._num_users[block] > 1 or block in self._digest_of:
+                raise IntegrityError(f"request {request.request_id} writes to block {block}, which is shared")

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from executor_service.engine.block_manager import BlockManager
 from executor_service.engine.core import Engine
+from executor_service.engine.encoder_cache import EncoderCache
 from executor_service.engine.kv_cache import (
     allocate_kv_caches,
     block_bytes,
@@ -39,6 +40,8 @@ DTYPES: Final = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
+
+DEFAULT_ENCODER_CACHE_BYTES: Final = 256 * 1024 * 1024
 
 _REMEDIES: Final = {"video": " or lower --max-video-frames", "audio": " or lower --max-audio-seconds"}
 """What else helps where an item is too long for a request."""
@@ -72,7 +75,8 @@ def boot(config: EngineConfig, report: Report) -> BootedEngine:
     with _stage("capture_graphs", report) as stage:
         stage.detail = "none on this device"
     scheduler = Scheduler(
-        BlockManager(ledger.num_blocks, config.block_size),
+        BlockManager(ledger.num_blocks, config.block_size, config.prefix_caching),
+        EncoderCache(_encoder_cache_capacity(config, family, runner, load)),
         load.max_num_seqs,
         load.max_num_batched_tokens,
         load.max_num_encoder_tokens,
@@ -170,7 +174,7 @@ def _load_model(
             report(BootProgress("load_model", min(fraction, 0.999), num_bytes=done))
 
     model = load_model(family, _keyword_names(family), device, dtype, progress)
-    return ModelRunner(model, device, dtype, config.block_size)
+    return ModelRunner(model, device, dtype, config.block_size, _eos_token_ids(family.ctx))
 
 
 def _keyword_names(family: ModelFamily) -> tuple[str, ...]:
@@ -207,6 +211,21 @@ def _allocate_kv_cache(
         block_bytes=bytes_per_block,
         peaks_used_for_sizing=False,
     )
+
+
+def _encoder_cache_capacity(config: EngineConfig, family: ModelFamily, runner: ModelRunner, load: WorstLoad) -> int:
+    """Feature tokens that fit the budget; it must hold the largest item, and by default what one step may encode."""
+    bytes_per_feature = runner.feature_width * runner.dtype.itemsize
+    if config.encoder_cache_memory is None:
+        return max(DEFAULT_ENCODER_CACHE_BYTES // bytes_per_feature, load.max_num_encoder_tokens)
+    capacity = config.encoder_cache_memory // bytes_per_feature
+    largest = max((family.max_tokens(modality) for modality in family.modalities), default=0)
+    if capacity < largest:
+        raise CheckpointError(
+            f"--encoder-cache-memory {config.encoder_cache_memory} holds {capacity} features, the largest item has "
+            f"{largest}; raise it to {largest * bytes_per_feature}"
+        )
+    return capacity
 
 
 def _eos_token_ids(ctx: InputContext) -> frozenset[int]:

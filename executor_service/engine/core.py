@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 from executor_service.engine.messages import Finished, FinishReason, Load, StepReport, TokenLogprobs
 from executor_service.engine.model_runner import ItemMismatchError, ModelOutput, ModelRunner
@@ -32,8 +33,14 @@ class Engine:
     @property
     def load(self) -> Load:
         """Requests and blocks right now."""
-        blocks = self.scheduler.blocks
-        return Load(len(self.scheduler.running), len(self.scheduler.waiting), blocks.num_used_blocks, blocks.num_blocks)
+        scheduler, blocks = self.scheduler, self.scheduler.blocks
+        return Load(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_used_blocks=blocks.num_used_blocks,
+            num_blocks=blocks.num_blocks,
+            num_preemptions=scheduler.num_preemptions,
+        )
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -69,7 +76,7 @@ class Engine:
             scheduled.request.error = str(error)
         for scheduled in batch.requests:
             if not scheduled.request.is_finished:
-                _advance(scheduled.request, scheduled.num_tokens)
+                self.scheduler.advance(scheduled.request, scheduled.num_tokens)
         for scheduled, token_id in zip(output.requests, output.sampled.token_ids, strict=True):
             scheduled.request.append(token_id, self.eos_token_ids)
         ended = [scheduled.request for scheduled in batch.requests if scheduled.request.is_finished]
@@ -77,6 +84,7 @@ class Engine:
 
     def _retire(self, request: Request) -> Request:
         self.scheduler.remove(request)
+        self.runner.sampler.release(request.request_id)
         del self._requests[request.request_id]
         return request
 
@@ -91,15 +99,9 @@ class Engine:
             logprobs=logprobs,
             finished=[_finished(request) for request in (*aborted, *ended)],
             load=self.load,
+            counters=replace(self.scheduler.counters),
+            prompt_logprobs=[(request.request_id, entries) for request, entries in output.prompt_logprobs],
         )
-
-
-def _advance(request: Request, num_tokens: int) -> None:
-    """Count the chunk as computed, and drop features nobody needs any more."""
-    request.num_computed_tokens += num_tokens
-    for item in request.items:
-        if item.placeholder.end <= request.num_computed_tokens:
-            item.features = None
 
 
 def _finished(request: Request) -> Finished:

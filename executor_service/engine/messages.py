@@ -35,6 +35,8 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     kv_cache_memory: int | None = None
     num_threads: int | None = None
+    prefix_caching: bool = True
+    encoder_cache_memory: int | None = None
     check_integrity: bool = False
 
 
@@ -42,17 +44,31 @@ class EngineConfig:
 class SamplingParams:
     """How output tokens are chosen; every value is set and checked by the front.
 
-    `temperature` 0 is greedy; `top_k` 0 means all; `logprobs` None means none, 0 the chosen token's alone.
+    `temperature` 0 is greedy; `top_k` 0 means all; `logprobs` and `prompt_logprobs` None mean none, 0 the chosen
+    token's alone. `logit_bias` is (token id, bias) with each id once; `bad_words` are sequences of at least one id.
     """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether any penalty changes anything."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 @dataclass(frozen=True)
@@ -68,12 +84,16 @@ class TensorSlot:
 
 @dataclass(frozen=True)
 class ItemSlots:
-    """One media item of a request: its range in the prompt, its header facts, its tensors."""
+    """One media item of a request: its range in the prompt, its header facts, its tensors.
+
+    `content_digest` is SHA-256 over everything its features depend on: tensors and constants.
+    """
 
     offset: int
     length: int
     info: MediaInfo
     tensors: tuple[TensorSlot, ...]
+    content_digest: bytes
 
 
 @dataclass(frozen=True)
@@ -85,6 +105,7 @@ class Submit:
     items: tuple[ItemSlots, ...]
     sampling: SamplingParams
     priority: int = 0
+    output_token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -187,23 +208,44 @@ class Finished:
 
 @dataclass(frozen=True)
 class Load:
-    """The engine's load after a step."""
+    """The engine's load after a step; `num_preemptions` since its start."""
 
     num_running: int
     num_waiting: int
     num_used_blocks: int
     num_blocks: int
+    num_preemptions: int = 0
+
+
+@dataclass
+class Counters:
+    """What the engine has done since its boot.
+
+    Tokens of prompts begun, and those of them found in the prefix cache; items encoded, and found in the encoder
+    cache; requests preempted.
+    """
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_encoded_items: int = 0
+    num_encoder_cache_hits: int = 0
+    num_preemptions: int = 0
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """All outputs of one step: `token_ids[i]` belongs to `request_ids[i]`, `logprobs` to indices of them."""
+    """All outputs of one step: `token_ids[i]` belongs to `request_ids[i]`, `logprobs` to indices of them.
+
+    `prompt_logprobs` are (request id, of its next prompt tokens in order, from the second token on).
+    """
 
     request_ids: list[int]
     token_ids: list[int]
     logprobs: list[tuple[int, TokenLogprobs]]
     finished: list[Finished]
     load: Load
+    counters: Counters
+    prompt_logprobs: list[tuple[int, list[TokenLogprobs]]] = field(default_factory=list)
 
 
 FromEngine = BootProgress | BootFailed | Booted | StepReport

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from executor_service.engine.logprobs import PromptLogprobs, prompt_logprobs
 from executor_service.engine.request import EngineItem
-from executor_service.engine.sampler import SampledTokens, sample
+from executor_service.engine.sampler import SampledTokens, Sampler
 from executor_service.engine.scheduler import ScheduledBatch, ScheduledRequest
 from executor_service.kernels.normalize import normalize
 from executor_service.layers.context import AttentionMetadata, KVCache, forward_context
@@ -24,23 +25,40 @@ class ItemMismatchError(ValueError):
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """Sampled tokens of the requests in `requests`, parallel; `failed` could not be encoded, and why."""
+    """Sampled tokens of the requests in `requests`, parallel; `failed` could not be encoded, and why.
+
+    `prompt_logprobs` are what the step says of prompt tokens, for the requests that ask.
+    """
 
     requests: list[ScheduledRequest]
     sampled: SampledTokens
     failed: list[tuple[ScheduledRequest, Exception]]
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
 
 
 class ModelRunner:
-    """The model on its device, and the KV cache it reads and writes."""
+    """The model on its device, the KV cache it reads and writes, and the sampler."""
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, block_size: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        block_size: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
         self.model: Any = model
         self.device = device
         self.dtype = dtype
         self.block_size = block_size
         self.kv_caches: Sequence[KVCache] = ()
+        self.sampler = Sampler(device, eos_token_ids)
         self._tables: dict[Normalization, Tensor] = {}
+
+    @property
+    def feature_width(self) -> int:
+        """Elements of one encoder feature, which are those of a row of the token embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[-1])
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> ModelOutput:
@@ -50,13 +68,13 @@ class ModelRunner:
         if not scheduled:
             return ModelOutput([], SampledTokens([], []), failed)
         hidden, ends = self._forward(scheduled)
+        scores = prompt_logprobs(scheduled, hidden, ends, self.model.compute_logits)
         if not rows:
-            return ModelOutput([], SampledTokens([], []), failed)
+            return ModelOutput([], SampledTokens([], []), failed, scores)
         sampling = [scheduled[row] for row in rows]
         logits = self.model.compute_logits(hidden[ends[rows] - 1])
-        params = [request.request.sampling for request in sampling]
-        sampled = sample(logits, params, [request.request.num_tokens for request in sampling])
-        return ModelOutput(sampling, sampled, failed)
+        sampled = self.sampler.sample(logits, [row.request for row in sampling])
+        return ModelOutput(sampling, sampled, failed, scores)
 
     def prompt_positions(
         self, prompt_token_ids: Sequence[int], items: Sequence[EngineItem]
@@ -78,13 +96,14 @@ class ModelRunner:
             for name in group[0].layout.constants:
                 keywords[name] = [torch.from_numpy(item.layout.constants[name]).to(self.device) for item in group]
             for item, features in zip(group, self.model.embed_multimodal(**keywords), strict=True):
-                _check_features(features, item, self.model.get_input_embeddings())
-                item.features = features
+                _check_features(features, item, self.feature_width)
+                # A copy, where the encoder's output is one tensor for several items: each is freed by itself.
+                item.features = features.clone() if len(group) > 1 else features
 
     def _encode_batch(
         self, batch: list[ScheduledRequest]
     ) -> tuple[list[ScheduledRequest], list[tuple[ScheduledRequest, Exception]]]:
-        """Encode all items at once; if that fails, one request at a time, so that only the culprit fails."""
+        """Encode all items at once; if that fails, one at a time, so that only the culprit's requests fail."""
         items = [item for scheduled in batch for item in scheduled.items]
         if not items:
             return batch, []
@@ -97,13 +116,20 @@ class ModelRunner:
     def _encode_one_by_one(
         self, batch: list[ScheduledRequest]
     ) -> tuple[list[ScheduledRequest], list[tuple[ScheduledRequest, Exception]]]:
+        """Whoever needs an item that cannot be encoded fails, be it the one that was to encode it or not."""
+        errors: dict[int, Exception] = {}
+        for item in (item for scheduled in batch for item in scheduled.items):
+            try:
+                self.encode([item])
+            except Exception as error:
+                errors[id(item.encoded)] = _blame(error, item)
         good, failed = [], list[tuple[ScheduledRequest, Exception]]()
         for scheduled in batch:
-            try:
-                self.encode(scheduled.items)
+            culprit = next((id(i.encoded) for i in scheduled.request.items if id(i.encoded) in errors), None)
+            if culprit is None:
                 good.append(scheduled)
-            except Exception as error:
-                failed.append((scheduled, _blame(error, scheduled)))
+            else:
+                failed.append((scheduled, errors[culprit]))
         return good, failed
 
     def _tensor(self, item: EngineItem, name: str) -> Tensor:
@@ -175,16 +201,15 @@ def _kind(item: EngineItem) -> tuple[str, ...]:
     return (item.modality, *sorted(item.tensors), *sorted(item.layout.constants))
 
 
-def _blame(error: Exception, scheduled: ScheduledRequest) -> Exception:
+def _blame(error: Exception, item: EngineItem) -> Exception:
     """An ItemMismatchError where what failed was never attested: then it is the sender's."""
-    if isinstance(error, ItemMismatchError) or all(item.is_attested for item in scheduled.items):
+    if isinstance(error, ItemMismatchError) or item.is_attested:
         return error
     return ItemMismatchError(f"the model does not take the item's tensors: {type(error).__name__}: {error}")
 
 
-def _check_features(features: Tensor, item: EngineItem, embeddings: Any) -> None:
+def _check_features(features: Tensor, item: EngineItem, width: int) -> None:
     """ValueError unless the encoder's output fits the item's places in the prompt."""
-    width = embeddings.weight.shape[-1]
     if not item.is_attested and len(features) != item.layout.num_tokens:
         raise ItemMismatchError(
             f"the encoder makes {len(features)} features of the {item.modality} item at token "

@@ -78,16 +78,18 @@ class EngineProcess:
             submit.priority,
             positions,
             delta,
+            submit.output_token_ids,
         )
 
     def _make_item(self, item: ItemSlots, prompt_token_ids: Sequence[int]) -> EngineItem:
         modality, place = item.info.modality, PlaceholderRange(item.offset, item.length)
         tensors = {slot.name: self._view(slot) for slot in item.tensors}
         if self._family.has_layout(modality):
-            return EngineItem(place, modality, self._family.layout(item.info), tensors)
+            layout = self._family.layout(item.info)
+            return EngineItem(place, modality, layout, tensors, content_digest=item.content_digest)
         specs = {slot.name: TensorSpec(slot.dtype, slot.shape) for slot in item.tensors}
         layout = self._family.observed_layout(modality, prompt_token_ids[place.offset : place.end], specs)
-        return EngineItem(place, modality, layout, tensors, is_attested=False)
+        return EngineItem(place, modality, layout, tensors, is_attested=False, content_digest=item.content_digest)
 
     def _view(self, slot: TensorSlot) -> torch.Tensor:
         """The tensor's bytes where they are; valid until the front is told that the request has ended."""

@@ -8,11 +8,11 @@ import torch
 
 from executor_service.engine.block_manager import BlockManager
 from executor_service.engine.kv_cache import allocate_kv_caches
+from executor_service.engine.logprobs import ROWS_AT_ONCE, token_logprobs
 from executor_service.engine.memory import peak_resident_bytes, reset_peak, resident_bytes
 from executor_service.engine.messages import SamplingParams
 from executor_service.engine.model_runner import ModelRunner
 from executor_service.engine.request import EngineItem, Request
-from executor_service.engine.sampler import sample
 from executor_service.engine.scheduler import ScheduledBatch, ScheduledRequest
 from executor_service.models.protocol import KVGeometry
 from registry import ItemLayout, MediaInfo, MediaItem, TensorSpec
@@ -92,7 +92,7 @@ def _largest_encoder_batch(items: list[EngineItem], max_num_encoder_tokens: int)
 def _run_language_model(
     runner: ModelRunner, geometry: KVGeometry, load: WorstLoad, prompt: list[int], items: list[EngineItem]
 ) -> None:
-    """Prompts of dummy data up to the token budget; then logits and the sampler for `max_num_seqs` rows."""
+    """Prompts of dummy data up to the token budget; then what follows the model, for as many rows as it may get."""
     length = min(load.max_model_len, load.max_num_batched_tokens)
     blocks = BlockManager(-(-load.max_num_batched_tokens // runner.block_size) + 1, runner.block_size)
     runner.kv_caches = allocate_kv_caches(geometry, blocks.num_blocks, runner)
@@ -100,8 +100,25 @@ def _run_language_model(
     inside = tuple(item for item in items if item.placeholder.offset < length)
     blocks.reserve(request, length)
     runner.execute(ScheduledBatch([ScheduledRequest(request, length, inside)]))
-    params = [SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9, logprobs=20)] * load.max_num_seqs
-    width = runner.model.get_input_embeddings()(torch.zeros(1, dtype=torch.int64, device=runner.device)).shape[-1]
-    rows = torch.zeros((load.max_num_seqs, width), dtype=runner.dtype, device=runner.device)
-    sample(runner.model.compute_logits(rows), params, [0] * load.max_num_seqs)
     runner.kv_caches = ()
+    _run_sampler(runner, load.max_num_seqs)
+
+
+def _run_sampler(runner: ModelRunner, max_num_seqs: int) -> None:
+    """Logits and every part of the sampler for `max_num_seqs` rows, then a chunk of prompt log probabilities.
+
+    The sampler's table of token counts has its final size afterwards.
+    """
+    params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9, min_p=0.1, logprobs=20, repetition_penalty=2.0,
+                            logit_bias=((0, 1.0),), bad_words=((0,),))  # fmt: skip
+    requests = [Request(number, [0], [], params, 2) for number in range(max_num_seqs)]
+    runner.sampler.sample(runner.model.compute_logits(_zeros(runner, max_num_seqs)), requests)
+    for request in requests:
+        runner.sampler.release(request.request_id)
+    token_logprobs(runner.model.compute_logits(_zeros(runner, ROWS_AT_ONCE)), [0] * ROWS_AT_ONCE, [20] * ROWS_AT_ONCE)
+
+
+def _zeros(runner: ModelRunner, num_rows: int) -> torch.Tensor:
+    """Hidden states: [num_rows, width]."""
+    width = runner.model.get_input_embeddings()(torch.zeros(1, dtype=torch.int64, device=runner.device)).shape[-1]
+    return torch.zeros((num_rows, width), dtype=runner.dtype, device=runner.device)

@@ -3,36 +3,58 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from executor_service.engine.constraints import TokenConstraints
 from executor_service.engine.messages import FinishReason, SamplingParams
 from registry import ItemLayout, PlaceholderRange
+
+
+@dataclass(eq=False)
+class EncodedItem:
+    """What the encoder makes of a content, and how many items have it pinned; see EncoderCache."""
+
+    num_features: int = 0
+    features: Tensor | None = None
+    num_users: int = 0
 
 
 @dataclass
 class EngineItem:
     """One media item: where its features go, and its tensors by keyword (views into shared memory).
 
-    `features` [num_features, width] are there from the item's encoding until its range is computed. `is_attested`
-    is False where the family has no layout: then `layout` is only what the sender claimed.
+    `content_digest` says all that its features depend on; None: they are shared with nobody. `is_attested` is
+    False where the family has no layout: then `layout` is only what the sender claimed.
     """
 
     placeholder: PlaceholderRange
     modality: str
     layout: ItemLayout
     tensors: dict[str, Tensor]
-    features: Tensor | None = None
     is_attested: bool = True
+    content_digest: bytes | None = None
+    encoded: EncodedItem = field(default_factory=EncodedItem)
+
+    @property
+    def features(self) -> Tensor | None:
+        """[num_features, width] from the item's encoding until its range is computed."""
+        return self.encoded.features
+
+    @features.setter
+    def features(self, features: Tensor) -> None:
+        self.encoded.features = features
 
 
 class Request:
     """Tokens, progress and blocks of one request.
 
     Invariant: keys and values of the first `num_computed_tokens` tokens are in the blocks of `block_table`.
+    `output_token_ids` were given to the client before, by another executor: generation goes on behind them.
     """
 
     def __init__(
@@ -45,6 +67,7 @@ class Request:
         priority: int = 0,
         positions: np.ndarray | None = None,
         decode_delta: int = 0,
+        output_token_ids: Sequence[int] = (),
     ) -> None:
         self.request_id = request_id
         self.items = items
@@ -54,13 +77,20 @@ class Request:
         self.max_tokens = min(self.num_prompt_tokens + sampling.max_tokens, max_model_len)
         self.token_ids = np.empty(self.max_tokens, dtype=np.int64)
         self.token_ids[: self.num_prompt_tokens] = prompt_token_ids
-        self.num_tokens = self.num_prompt_tokens
+        self.num_tokens = self.num_prompt_tokens + len(output_token_ids)
+        self.token_ids[self.num_prompt_tokens : self.num_tokens] = output_token_ids
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.block_table: list[int] = []
+        self.block_digests: list[bytes] = []
+        self.num_registered_blocks = 0
         self._prompt_positions = positions
         self._decode_delta = decode_delta
+        self.constraints = TokenConstraints(sampling)
+        self._always_changes_logits = bool(sampling.has_penalties or sampling.logit_bias or sampling.bad_words)
+        # The first token has no log probability: nothing comes before it.
+        self.num_scored_tokens = 1
         self.finish_reason: FinishReason | None = None
         self.error = ""
         self.arrived = time.monotonic()
@@ -68,9 +98,34 @@ class Request:
         self.first_token: float | None = None
 
     @property
+    def is_shareable(self) -> bool:
+        """Whether others may share what it computes: all its items have a content digest."""
+        return all(item.content_digest is not None for item in self.items)
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether it may use what others have computed: not where every prompt token's logits are asked for."""
+        return self.is_shareable and not self.scores_prompt
+
+    @property
     def num_output_tokens(self) -> int:
         """Tokens generated so far."""
         return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> np.ndarray:
+        """Tokens generated so far: int64 [n], a view."""
+        return self.token_ids[self.num_prompt_tokens : self.num_tokens]
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether biases, penalties or bans apply to the next token."""
+        return self._always_changes_logits or self.num_output_tokens < self.sampling.min_tokens
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log probabilities of prompt tokens are still to be given; `num_scored_tokens` are done."""
+        return self.sampling.prompt_logprobs is not None and self.num_scored_tokens < self.num_prompt_tokens
 
     @property
     def num_pending_tokens(self) -> int:
@@ -94,6 +149,10 @@ class Request:
         rest = counted[given.shape[-1] :]
         return np.concatenate([given, np.broadcast_to(rest, (*given.shape[:-1], len(rest)))], axis=-1)
 
+    def items_between(self, start: int, end: int) -> Iterator[EngineItem]:
+        """Items whose range overlaps tokens `start` to `end`."""
+        return (item for item in self.items if item.placeholder.offset < end and item.placeholder.end > start)
+
     def append(self, token_id: int, eos_token_ids: frozenset[int]) -> None:
         """Add an output token, and finish if it ends the answer."""
         if self.first_token is None:
@@ -110,5 +169,3 @@ class Request:
         """Forget what was computed: everything is recomputed after a preemption."""
         self.num_computed_tokens = 0
         self.num_preemptions += 1
-        for item in self.items:
-            item.features = None

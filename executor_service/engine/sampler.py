@@ -1,25 +1,25 @@
-"""From logits to tokens: greedy or by temperature, top-k and top-p, with reproducible randomness.
+"""From logits to tokens: what each request's parameters make of its row, vectorised over the batch.
 
-A row's random number depends on its request's seed and position alone (Philox 4x32-10, Salmon et al.,
-"Parallel random numbers: as easy as 1, 2, 3", SC 2011), so a seeded answer is the same in every batch.
+Log probabilities are of the model's own distribution. Then, in this order: logit bias, penalties, bans (bad words,
+end-of-text before `min_tokens`); greedy, or temperature, min-p, top-k, top-p and a draw. The arithmetic is in
+`logits.py`; here is who needs which part of it, so that plain rows pay for nothing they did not ask for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from executor_service.engine.messages import SamplingParams, TokenLogprobs
-
-_MULTIPLIERS: Final = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL: Final = (0x9E3779B9, 0xBB67AE85)
-_LOW: Final = np.uint64(0xFFFFFFFF)
-_SHIFT: Final = np.uint64(32)
+from executor_service.engine.logits import Filters, Penalties, add_bias, ban, draw, filtered_probabilities, penalize
+from executor_service.engine.logprobs import token_logprobs
+from executor_service.engine.messages import TokenLogprobs
+from executor_service.engine.random_numbers import uniform_numbers
+from executor_service.engine.request import Request
+from executor_service.engine.token_counts import TokenCounts
 
 
 @dataclass(frozen=True)
@@ -30,86 +30,90 @@ class SampledTokens:
     logprobs: list[TokenLogprobs | None]
 
 
-def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> SampledTokens:
-    """Logits [R, vocabulary] -> tokens. `positions[r]` counts the tokens before the sampled one."""
-    tokens = logits.argmax(dim=-1)
-    rows = [row for row, param in enumerate(params) if param.temperature > 0]
+class Sampler:
+    """Chooses tokens. `eos_token_ids` are what `min_tokens` holds back.
+
+    Its only state is a cache of token counts: call `release` for every request that has ended.
+    """
+
+    def __init__(self, device: torch.device, eos_token_ids: frozenset[int] = frozenset()) -> None:
+        self._device = device
+        self._eos_token_ids = np.array(sorted(eos_token_ids), dtype=np.int64)
+        self._counts = TokenCounts(device)
+
+    def sample(self, logits: Tensor, requests: Sequence[Request]) -> SampledTokens:
+        """Logits [R, vocabulary], of each request's last token -> its next token."""
+        tokens = logits.argmax(dim=-1)
+        changed = [row for row, request in enumerate(requests) if request.changes_logits]
+        adjusted = self._adjust(logits, [requests[row] for row in changed], changed) if changed else None
+        if adjusted is not None:
+            tokens[changed] = adjusted.argmax(dim=-1)
+        rows = [row for row, request in enumerate(requests) if request.sampling.temperature > 0]
+        if rows:
+            tokens[rows] = self._draw(_rows(logits, rows, adjusted, changed), [requests[row] for row in rows])
+        token_ids: list[int] = tokens.tolist()
+        return SampledTokens(token_ids, _logprobs(logits, requests, token_ids))
+
+    def release(self, request_id: int) -> None:
+        """A request has ended."""
+        self._counts.release(request_id)
+
+    def _adjust(self, logits: Tensor, requests: list[Request], rows: list[int]) -> Tensor:
+        """What biases, penalties and bans make of those rows: float64 [len(rows), vocabulary]."""
+        adjusted = logits[rows].to(torch.float64)
+        biases = [request.constraints.bias_token_ids for request in requests]
+        if any(map(len, biases)):
+            values = np.concatenate([request.constraints.bias_values for request in requests])
+            add_bias(adjusted, *self._places(biases), torch.from_numpy(values).to(self._device))
+        self._penalize(adjusted, requests)
+        bans = [request.constraints.banned(request.output_token_ids, self._eos_token_ids) for request in requests]
+        if any(map(len, bans)):
+            ban(adjusted, *self._places(bans))
+        return adjusted
+
+    def _penalize(self, adjusted: Tensor, requests: list[Request]) -> None:
+        rows = [row for row, request in enumerate(requests) if request.sampling.has_penalties]
+        if not rows:
+            return
+        penalized = [requests[row] for row in rows]
+        slots = self._counts.update(penalized, adjusted.shape[-1])
+        adjusted[rows] = penalize(
+            adjusted[rows],
+            self._counts.prompt_seen[slots],
+            self._counts.output_counts[slots],
+            Penalties.of([request.sampling for request in penalized], self._device),
+        )
+
+    def _places(self, token_ids: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Rows and ids, int64 [N], of a list of ids per row."""
+        rows = np.repeat(np.arange(len(token_ids)), [len(ids) for ids in token_ids])
+        return torch.from_numpy(rows).to(self._device), torch.from_numpy(np.concatenate(token_ids)).to(self._device)
+
+    def _draw(self, logits: Tensor, requests: list[Request]) -> Tensor:
+        params = [request.sampling for request in requests]
+        uniforms = uniform_numbers([param.seed for param in params], [request.num_tokens for request in requests])
+        probabilities = filtered_probabilities(logits, Filters.of(params, self._device))
+        return draw(probabilities, torch.from_numpy(uniforms).to(self._device))
+
+
+def _rows(logits: Tensor, rows: list[int], adjusted: Tensor | None, changed: list[int]) -> Tensor:
+    """Those rows of the logits, adjusted where `changed` has them; float64 in that case."""
+    if adjusted is None:
+        return logits[rows]
+    place_of = {row: place for place, row in enumerate(changed)}
+    here = [place for place, row in enumerate(rows) if row in place_of]
+    chosen = logits[rows].to(torch.float64)
+    chosen[here] = adjusted[[place_of[rows[place]] for place in here]]
+    return chosen
+
+
+def _logprobs(logits: Tensor, requests: Sequence[Request], token_ids: list[int]) -> list[TokenLogprobs | None]:
+    """For the rows that ask."""
+    result: list[TokenLogprobs | None] = [None] * len(requests)
+    rows = [row for row, request in enumerate(requests) if request.sampling.logprobs is not None]
     if rows:
-        chosen = [params[row] for row in rows]
-        uniforms = uniform_numbers([param.seed for param in chosen], [positions[row] for row in rows])
-        tokens[rows] = _draw(logits[rows], chosen, torch.from_numpy(uniforms).to(logits.device))
-    token_ids: list[int] = tokens.tolist()
-    return SampledTokens(token_ids, _logprobs(logits, params, token_ids))
-
-
-def uniform_numbers(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
-    """One number in [0, 1) per (64-bit seed, position): float64 [R], 53 random bits each."""
-    key = np.asarray(seeds, dtype=np.uint64)
-    counter = np.asarray(positions, dtype=np.uint64)
-    words = _philox(counter, key)
-    high, low = words[0], words[1]
-    bits = ((high << _SHIFT) | low) >> np.uint64(11)
-    return bits.astype(np.float64) * 2.0**-53
-
-
-def _philox(counter: np.ndarray, key: np.ndarray) -> list[np.ndarray]:
-    """Ten rounds on the counter (c0, c1 from `counter`; c2, c3 zero); four 32-bit words as uint64."""
-    zeros = np.zeros_like(counter)
-    c0, c1, c2, c3 = counter & _LOW, counter >> _SHIFT, zeros, zeros
-    k0, k1 = key & _LOW, key >> _SHIFT
-    for _ in range(10):
-        p0, p1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
-        c0, c1, c2, c3 = (p1 >> _SHIFT) ^ c1 ^ k0, p1 & _LOW, (p0 >> _SHIFT) ^ c3 ^ k1, p0 & _LOW
-        k0, k1 = (k0 + np.uint64(_WEYL[0])) & _LOW, (k1 + np.uint64(_WEYL[1])) & _LOW
-    return [c0, c1, c2, c3]
-
-
-def _draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Tensor) -> Tensor:
-    """Inverse transform sampling in float64 over the kept tokens, in token order."""
-    probabilities = filtered_probabilities(logits, params)
-    cumulative = probabilities.cumsum(dim=-1)
-    targets = uniforms[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
-    # Rounding may put the target at the very end, behind the last token that has any probability.
-    last = logits.shape[-1] - 1 - (probabilities > 0).to(torch.uint8).flip(-1).argmax(dim=-1)
-    return torch.minimum(tokens, last)
-
-
-def filtered_probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """The distribution each row is sampled from: float64 [R, vocabulary], temperature, then top-k, then top-p."""
-    temperatures = torch.tensor([param.temperature for param in params], dtype=torch.float64, device=logits.device)
-    scaled = logits.to(torch.float64) / temperatures[:, None]
-    if any(param.top_k or param.top_p < 1 for param in params):
-        scaled = _filter(scaled, params)
-    return scaled.softmax(dim=-1)
-
-
-def _filter(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Mask what top-k and top-p leave out with -inf; equal logits count in token order."""
-    vocabulary = scaled.shape[-1]
-    top_k = torch.tensor([param.top_k or vocabulary for param in params], device=scaled.device)
-    # A top_p of 1 keeps everything, also what rounding puts behind a cumulative probability of 1.
-    bounds = [param.top_p if param.top_p < 1 else 2.0 for param in params]
-    top_p = torch.tensor(bounds, dtype=torch.float64, device=scaled.device)
-    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
-    ordered.masked_fill_(torch.arange(vocabulary, device=scaled.device) >= top_k[:, None], float("-inf"))
-    before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
-    before[:, 0] = 0.0
-    ordered.masked_fill_((before >= top_p[:, None]) & (before > 0), float("-inf"))
-    return torch.full_like(scaled, float("-inf")).scatter_(-1, order, ordered)
-
-
-def _logprobs(logits: Tensor, params: Sequence[SamplingParams], token_ids: list[int]) -> list[TokenLogprobs | None]:
-    """Of the model's own distribution, in float64, for the rows that ask."""
-    result: list[TokenLogprobs | None] = [None] * len(params)
-    rows = [row for row, param in enumerate(params) if param.logprobs is not None]
-    if not rows:
-        return result
-    logprobs = logits[rows].to(torch.float64).log_softmax(dim=-1)
-    most = max(params[row].logprobs or 0 for row in rows)
-    values, indices = (part.tolist() for part in logprobs.topk(min(most, logits.shape[-1]), dim=-1))
-    for place, row in enumerate(rows):
-        count = params[row].logprobs or 0
-        top = tuple(zip(indices[place][:count], values[place][:count], strict=True))
-        result[row] = TokenLogprobs(token_ids[row], float(logprobs[place, token_ids[row]]), top)
+        counts = [requests[row].sampling.logprobs or 0 for row in rows]
+        entries = token_logprobs(logits[rows], [token_ids[row] for row in rows], counts)
+        for row, entry in zip(rows, entries, strict=True):
+            result[row] = entry
     return result

@@ -1,18 +1,20 @@
-"""What runs in the next step: continuous batching with chunked prefill, under three budgets.
+"""What runs in the next step: continuous batching with chunked prefill, under four budgets.
 
-Running requests go first, oldest first; then waiting ones, by priority and arrival. A step has a budget
-of tokens and one of encoder features; blocks are the third. Where blocks run out, the youngest running
-request is preempted and recomputed later.
+Running requests go first, then waiting ones, both by priority and arrival. A step has a budget of tokens and one
+of encoder features; KV blocks and the encoder cache are the others. Where blocks run out, the last running
+request in that order is preempted and recomputed later. A request that begins shares the longest prefix that is
+in the KV cache.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from executor_service.engine.block_manager import BlockManager, IntegrityError
+from executor_service.engine.encoder_cache import EncoderCache
+from executor_service.engine.messages import Counters
 from executor_service.engine.request import EngineItem, Request
 
 
@@ -50,14 +52,22 @@ class Scheduler:
     """
 
     def __init__(
-        self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, max_num_encoder_tokens: int
+        self,
+        blocks: BlockManager,
+        encoder_cache: EncoderCache,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_num_encoder_tokens: int,
     ) -> None:
         self.blocks = blocks
+        self.encoder_cache = encoder_cache
+        self.counters = Counters()
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_encoder_tokens = max_num_encoder_tokens
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.num_preemptions = 0
 
     @property
     def has_work(self) -> bool:
@@ -69,15 +79,24 @@ class Scheduler:
         insort(self.waiting, request, key=_queue_order)
 
     def remove(self, request: Request) -> None:
-        """Take a request out, wherever it is, and free its blocks."""
+        """Take a request out, wherever it is, and free its blocks and features."""
         queue = self.running if request in self.running else self.waiting
         queue.remove(request)
-        self.blocks.free(request)
+        self._release(request)
+
+    def advance(self, request: Request, num_tokens: int) -> None:
+        """Count a chunk as computed: full blocks may be shared, features behind it are not needed any more."""
+        start = request.num_computed_tokens
+        request.num_computed_tokens += num_tokens
+        self.blocks.register(request)
+        for item in request.items_between(start, request.num_computed_tokens):
+            if item.placeholder.end <= request.num_computed_tokens:
+                self.encoder_cache.release(item)
 
     def schedule(self) -> ScheduledBatch:
         """The next step's batch; empty only if there is no work."""
         batch = ScheduledBatch()
-        budget = _Budget(self.max_num_batched_tokens, self.max_num_encoder_tokens)
+        budget = _Budget(self.max_num_batched_tokens, self.max_num_encoder_tokens, self.encoder_cache)
         self._schedule_running(batch, budget)
         if not batch.num_preempted:
             self._admit_waiting(batch, budget)
@@ -88,11 +107,11 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget.tokens:
             request = self.running[index]
-            num_tokens, items = budget.fit(request)
+            num_tokens = budget.fit(request)
             if num_tokens and not self._reserve(request, num_tokens, batch):
                 continue  # the request itself was preempted; another one stands at its place now, or none
             if num_tokens:
-                batch.requests.append(budget.take(request, num_tokens, items))
+                batch.requests.append(self._take(request, num_tokens, budget))
             index += 1
 
     def _reserve(self, request: Request, num_tokens: int, batch: ScheduledBatch) -> bool:
@@ -101,31 +120,62 @@ class Scheduler:
             victim = self.running.pop()
             self._preempt(victim)
             batch.num_preempted += 1
+            self.num_preemptions += 1
             if victim is request:
                 return False
         return True
 
     def _preempt(self, request: Request) -> None:
-        self.blocks.free(request)
+        self._release(request)
         request.reset_progress()
+        self.counters.num_preemptions += 1
         self.add(request)
+
+    def _release(self, request: Request) -> None:
+        self.blocks.free(request)
+        for item in request.items:
+            self.encoder_cache.release(item)
 
     def _admit_waiting(self, batch: ScheduledBatch, budget: _Budget) -> None:
         while self.waiting and budget.tokens and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
-            num_tokens, items = budget.fit(request)
-            if not num_tokens or not self.blocks.reserve(request, num_tokens):
+            request.num_computed_tokens = self.blocks.share_prefix(request)
+            num_tokens = budget.fit(request)
+            if not num_tokens or not self.blocks.reserve(request, request.num_computed_tokens + num_tokens):
+                self.blocks.free(request)
+                request.num_computed_tokens = 0
                 return
             self.waiting.pop(0)
-            self.running.append(request)
-            if request.first_scheduled is None:
-                request.first_scheduled = time.monotonic()
-            batch.requests.append(budget.take(request, num_tokens, items))
+            insort(self.running, request, key=_queue_order)
+            self._note_begin(request)
+            batch.requests.append(self._take(request, num_tokens, budget))
+
+    def _note_begin(self, request: Request) -> None:
+        if request.first_scheduled is None:
+            request.first_scheduled = time.monotonic()
+            request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+            self.counters.num_prompt_tokens += request.num_prompt_tokens
+            self.counters.num_cached_tokens += request.num_cached_tokens
+
+    def _take(self, request: Request, num_tokens: int, budget: _Budget) -> ScheduledRequest:
+        """Spend the chunk, pin the features it needs, and note what is to be encoded for them."""
+        start, items = request.num_computed_tokens, list[EngineItem]()
+        for item in request.items_between(start, start + num_tokens):
+            if item.encoded.num_users:
+                continue
+            if self.encoder_cache.acquire(item):
+                items.append(item)
+                self.counters.num_encoded_items += 1
+            else:
+                self.counters.num_encoder_cache_hits += 1
+        budget.take(num_tokens, items)
+        return ScheduledRequest(request, num_tokens, tuple(items))
 
     def check_integrity(self) -> None:
         """IntegrityError unless blocks and queues are whole."""
         everyone = [*self.waiting, *self.running]
         self.blocks.check_integrity(everyone)
+        self.encoder_cache.check_integrity(item for request in everyone for item in request.items)
         if len({request.request_id for request in everyone}) != len(everyone):
             raise IntegrityError("a request is queued twice")
         if len(self.running) > self.max_num_seqs:
@@ -146,33 +196,32 @@ class _Budget:
 
     tokens: int
     features: int
+    cache: EncoderCache
     _encoded: bool = False
 
-    def fit(self, request: Request) -> tuple[int, tuple[EngineItem, ...]]:
-        """How many tokens of the request fit, and which items they need encoded; (0, ()) if none do."""
+    def fit(self, request: Request) -> int:
+        """How many tokens of the request fit: up to the first item that cannot be encoded in this step."""
         start = request.num_computed_tokens
         num_tokens = min(request.num_pending_tokens, self.tokens)
-        items: list[EngineItem] = []
-        features = 0
-        for item in _items_to_encode(request, start, start + num_tokens):
-            features += item.layout.num_tokens
-            first = not self._encoded and not items
-            if features > self.features and not first:
-                return max(item.placeholder.offset - start, 0), tuple(items)
-            items.append(item)
-        return num_tokens, tuple(items)
+        fresh = pinned = 0
+        seen: set[bytes] = set()
+        for item in request.items_between(start, start + num_tokens):
+            if item.encoded.num_users or item.content_digest in seen:
+                continue
+            entry = self.cache.find(item)
+            if entry is None:
+                fresh += item.layout.num_tokens
+            if entry is None or not entry.num_users:
+                pinned += item.layout.num_tokens
+            only = not self._encoded and fresh == item.layout.num_tokens
+            if (fresh > self.features and not only) or pinned > self.cache.room:
+                return max(item.placeholder.offset - start, 0)
+            if item.content_digest is not None:
+                seen.add(item.content_digest)
+        return num_tokens
 
-    def take(self, request: Request, num_tokens: int, items: tuple[EngineItem, ...]) -> ScheduledRequest:
-        """Spend the chunk."""
+    def take(self, num_tokens: int, items: list[EngineItem]) -> None:
+        """Spend a chunk and the items encoded for it."""
         self.tokens -= num_tokens
         self.features -= sum(item.layout.num_tokens for item in items)
         self._encoded = self._encoded or bool(items)
-        return ScheduledRequest(request, num_tokens, items)
-
-
-def _items_to_encode(request: Request, start: int, end: int) -> Iterator[EngineItem]:
-    """Items without features whose range overlaps tokens `start` to `end`."""
-    for item in request.items:
-        overlaps = item.placeholder.offset < end and item.placeholder.end > start
-        if overlaps and item.features is None:
-            yield item

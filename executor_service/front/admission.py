@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 
@@ -17,27 +18,44 @@ from diptych.service.errors import (
     IncompatibleError,
     InvalidInputError,
     LimitExceededError,
-    UnimplementedError,
 )
 from diptych.service.media_errors import from_media_error
 from diptych.service.sampling import check_sampling
 from diptych.v1 import executor_pb2, tensor_pb2
 from diptych.wire.media import media_info_from_proto
 from executor_service.engine.messages import Booted, SamplingParams
-from executor_service.front.claims import STAGE, attest_tensors, bound_tensors
+from executor_service.front.arena import aligned
+from executor_service.front.claims import STAGE, NamedSpecs, attest_tensors, bound_tensors
 from registry import ItemLayout, MediaInfo, PlaceholderRange, TensorSpec
 from registry.errors import MediaError, RegistryError
 from registry.family import ModelFamily
 
+MAX_REQUEST_ID_LENGTH: Final = 128
+DIGEST_BYTES: Final = 32
+_FACTS: Final = {
+    "image": ("height", "width"),
+    "video": ("height", "width", "num_frames", "frame_rate"),
+    "audio": ("num_samples", "sample_rate"),
+}
+"""What a header says, by modality."""
+_ALL_FACTS: Final = frozenset(name for names in _FACTS.values() for name in names)
+
 
 @dataclass(frozen=True)
 class AdmittedItem:
-    """An item whose claims hold; `tensors` in the order of the Start."""
+    """An item whose claims hold; `tensors` in the order of the Start, `inline` the bytes that came with it."""
 
     info: MediaInfo
     placeholder: PlaceholderRange
     layout: ItemLayout
     tensors: tuple[tuple[str, TensorSpec], ...]
+    media_digest: bytes | None = None
+    inline: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def region_bytes(self) -> int:
+        """Bytes it takes in the arena."""
+        return sum(aligned(spec.num_bytes) for _, spec in self.tensors)
 
 
 @dataclass(frozen=True)
@@ -50,6 +68,8 @@ class AdmittedRequest:
     sampling: SamplingParams
     time_left: float | None
     traceparent: str
+    priority: int = 0
+    output_token_ids: Sequence[int] = ()
 
     @property
     def num_image_tokens(self) -> int:
@@ -68,16 +88,19 @@ class Admission:
     def admit(self, start: executor_pb2.Start) -> AdmittedRequest:
         """The request, or the DiptychError it is refused with."""
         self._check_fingerprint(start.fingerprint)
-        _check_served_fields(start)
+        _check_request_id(start.request_id)
         token_ids = np.fromiter(start.prompt_token_ids, dtype=np.int64, count=len(start.prompt_token_ids))
         self._check_length(len(token_ids))
         items = self._attest_items(start.items, token_ids)
         self._check_token_ids(token_ids, items)
+        sampling = self._sampling(start.sampling, len(token_ids))
         return AdmittedRequest(
             request_id=start.request_id,
             prompt_token_ids=token_ids.tolist(),
             items=tuple(items),
-            sampling=self._sampling(start.sampling, len(token_ids)),
+            sampling=sampling,
+            priority=start.priority,
+            output_token_ids=self._check_output(start.output_token_ids, sampling),
             traceparent=start.traceparent,
             time_left=start.time_left.ToNanoseconds() / 1e9 if start.HasField("time_left") else None,
         )
@@ -122,6 +145,7 @@ class Admission:
         self, index: int, message: executor_pb2.MediaItem, token_ids: np.ndarray, earliest: int
     ) -> AdmittedItem:
         info = self._check_info(index, message.info)
+        _check_digest(index, message)
         placeholder = _check_range(index, message.placeholder, earliest, len(token_ids))
         claimed = token_ids[placeholder.offset : placeholder.end].tolist()
         if not self._family.has_layout(info.modality):
@@ -141,7 +165,7 @@ class Admission:
                 stage=STAGE,
                 item=index,
             )
-        return AdmittedItem(info, placeholder, layout, attest_tensors(index, message.tensors, layout))
+        return _admitted(message, info, placeholder, layout, attest_tensors(index, message.tensors, layout))
 
     def _observe_item(
         self,
@@ -164,7 +188,7 @@ class Admission:
                 actual=layout.num_tokens,
             )
         self._check_ids_exist(index, layout)
-        return AdmittedItem(info, placeholder, layout, tensors)
+        return _admitted(message, info, placeholder, layout, tensors)
 
     def _check_ids_exist(self, index: int, layout: ItemLayout) -> None:
         """What is not a feature is looked up in the embedding."""
@@ -220,8 +244,26 @@ class Admission:
                 stage=STAGE,
             )
 
+    def _check_output(self, token_ids: Sequence[int], sampling: SamplingParams) -> list[int]:
+        """Tokens that another executor has given: some are left to generate, and none of them ended the answer."""
+        given = list(token_ids)
+        if len(given) >= sampling.max_tokens:
+            raise LimitExceededError(
+                f"output_token_ids has {len(given)} tokens; at most {sampling.max_tokens} may be generated in all",
+                stage="admit",
+                limit=sampling.max_tokens - 1,
+                actual=len(given),
+            )
+        ends = sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else self._booted.eos_token_ids)
+        for index, token_id in enumerate(given):
+            if token_id >= self._booted.vocab_size or token_id in self._feature_ids:
+                raise InvalidInputError(f"output_token_ids[{index}] is {token_id}: no text token", stage="admit")
+            if token_id in ends:
+                raise InvalidInputError(f"output_token_ids[{index}] is {token_id}, which ends an answer", stage="admit")
+        return given
+
     def _sampling(self, params: tensor_pb2.SamplingParams, num_prompt_tokens: int) -> SamplingParams:
-        check_sampling(params, vocab_size=self._booted.vocab_size)
+        check_sampling(params, vocab_size=self._booted.vocab_size, eos_token_ids=self._booted.eos_token_ids)
         room = self._booted.max_model_len - num_prompt_tokens
 
         def given(name: str, default: float) -> float:
@@ -236,13 +278,48 @@ class Admission:
             stop_token_ids=frozenset(params.stop_token_ids),
             ignore_eos=params.ignore_eos,
             logprobs=params.logprobs if params.HasField("logprobs") else None,
+            min_p=params.min_p,
+            prompt_logprobs=params.prompt_logprobs if params.HasField("prompt_logprobs") else None,
+            repetition_penalty=given("repetition_penalty", 1.0),
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            logit_bias=tuple(sorted(params.logit_bias.items())),
+            min_tokens=params.min_tokens,
+            bad_words=tuple({tuple(sequence.token_ids): None for sequence in params.bad_words}),
         )
 
 
-def _check_served_fields(start: executor_pb2.Start) -> None:
-    for name, is_set in (("output_token_ids", bool(start.output_token_ids)), ("priority", start.HasField("priority"))):
-        if is_set:
-            raise UnimplementedError(f"{name} is not served yet", stage="admit", field=name)
+def _check_request_id(request_id: str) -> None:
+    if len(request_id) > MAX_REQUEST_ID_LENGTH:
+        raise LimitExceededError(
+            f"request_id has {len(request_id)} characters; at most {MAX_REQUEST_ID_LENGTH} are allowed",
+            stage="admit",
+            limit=MAX_REQUEST_ID_LENGTH,
+            actual=len(request_id),
+        )
+
+
+def _admitted(
+    message: executor_pb2.MediaItem,
+    info: MediaInfo,
+    placeholder: PlaceholderRange,
+    layout: ItemLayout,
+    tensors: NamedSpecs,
+) -> AdmittedItem:
+    digest = message.media_digest if message.HasField("media_digest") else None
+    inline = {tensor.name: tensor.data for tensor in message.tensors if tensor.WhichOneof("payload") == "data"}
+    return AdmittedItem(info, placeholder, layout, tensors, digest, inline)
+
+
+def _check_digest(index: int, message: executor_pb2.MediaItem) -> None:
+    if message.HasField("media_digest") and len(message.media_digest) != DIGEST_BYTES:
+        raise InvalidInputError(
+            f"item {index} has a media digest of {len(message.media_digest)} bytes; SHA-256 has {DIGEST_BYTES}",
+            stage=STAGE,
+            item=index,
+            limit=DIGEST_BYTES,
+            actual=len(message.media_digest),
+        )
 
 
 def _check_range(index: int, message: tensor_pb2.PlaceholderRange, earliest: int, num_tokens: int) -> PlaceholderRange:
@@ -260,10 +337,17 @@ def _check_range(index: int, message: tensor_pb2.PlaceholderRange, earliest: int
 
 
 def _check_facts(index: int, info: MediaInfo) -> None:
-    """Every fact of the modality is there and above zero."""
-    names = {"image": ("height", "width"), "video": ("height", "width", "num_frames", "frame_rate")}
-    for name in names.get(info.modality, ("num_samples", "sample_rate")):
+    """Every fact of the modality is there and above zero, and none of another modality."""
+    names = _FACTS[info.modality]
+    for name in names:
         value = getattr(info, name)
         if not value or not 0 < value < float("inf"):
             what = name if info.modality != "image" else "height or width"
             raise InvalidInputError(f"item {index} lacks its {what}", stage=STAGE, item=index)
+    for name in _ALL_FACTS - set(names):
+        if getattr(info, name) is not None:
+            raise InvalidInputError(
+                f"item {index} claims {name} {getattr(info, name):g}, which {info.modality} items do not have",
+                stage=STAGE,
+                item=index,
+            )

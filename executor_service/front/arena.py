@@ -7,8 +7,7 @@ import os
 import sys
 import tempfile
 from bisect import bisect_left, insort
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,19 +33,8 @@ class Region:
         return self.offset + self.num_bytes
 
 
-@dataclass(frozen=True, eq=False)
-class Reservation:
-    """Somebody waiting for a region."""
-
-    num_bytes: int
-    granted: Callable[[Region], None]
-
-
 class Arena:
-    """`num_bytes` of anonymous shared memory, handed out first-fit and in order of asking.
-
-    A large reservation is never overtaken by a small one, so it cannot starve.
-    """
+    """`num_bytes` of anonymous shared memory, handed out first-fit."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = aligned(num_bytes)
@@ -55,32 +43,46 @@ class Arena:
         self.view = memoryview(self._map)
         self._free: list[Region] = [Region(0, self.num_bytes)]
         self._used: set[Region] = set()
-        self._waiting: deque[Reservation] = deque()
 
     @property
     def num_used_bytes(self) -> int:
         """Bytes handed out."""
         return sum(region.num_bytes for region in self._used)
 
-    def reserve(self, num_bytes: int, granted: Callable[[Region], None]) -> Reservation:
-        """Call `granted` with a region, at once or when it is this reservation's turn and there is room."""
-        reservation = Reservation(aligned(num_bytes), granted)
-        self._waiting.append(reservation)
-        self._grant()
-        return reservation
+    def take(self, num_bytes: int) -> Region | None:
+        """A region of at least that size, or None if there is none."""
+        num_bytes = aligned(num_bytes)
+        if not num_bytes:
+            return Region(0, 0)
+        for index, free in enumerate(self._free):
+            if free.num_bytes >= num_bytes:
+                region = Region(free.offset, num_bytes)
+                rest = Region(region.end, free.num_bytes - num_bytes)
+                self._free[index : index + 1] = [rest] if rest.num_bytes else []
+                self._used.add(region)
+                return region
+        return None
 
-    def withdraw(self, reservation: Reservation) -> None:
-        """Give up waiting; without effect once granted."""
-        if reservation in self._waiting:
-            self._waiting.remove(reservation)
-            self._grant()
+    def split(self, region: Region, sizes: Sequence[int]) -> list[Region]:
+        """Turn one region into several, to be released one by one; the aligned sizes add up to the region's."""
+        parts, offset = [], region.offset
+        for size in sizes:
+            parts.append(Region(offset, aligned(size)))
+            offset = parts[-1].end
+        if offset != region.end:
+            raise ValueError(f"parts of {[part.num_bytes for part in parts]} bytes do not make up {region}")
+        if region.num_bytes:
+            self._used.remove(region)
+        self._used.update(part for part in parts if part.num_bytes)
+        return parts
 
     def release(self, region: Region) -> None:
         """Take a region back."""
+        if not region.num_bytes:
+            return
         self._used.remove(region)
         insort(self._free, region)
         self._merge_around(bisect_left(self._free, region))
-        self._grant()
 
     def close(self) -> None:
         """Free the memory; nobody may use a view of it any more."""
@@ -97,20 +99,6 @@ class Arena:
             end = region.end
         if end != self.num_bytes:
             raise AssertionError(f"the arena is not whole: regions end at {end} of {self.num_bytes} bytes")
-
-    def _grant(self) -> None:
-        while self._waiting and (region := self._take(self._waiting[0].num_bytes)) is not None:
-            self._waiting.popleft().granted(region)
-
-    def _take(self, num_bytes: int) -> Region | None:
-        for index, free in enumerate(self._free):
-            if free.num_bytes >= num_bytes:
-                region = Region(free.offset, num_bytes)
-                rest = Region(region.end, free.num_bytes - num_bytes)
-                self._free[index : index + 1] = [rest] if rest.num_bytes else []
-                self._used.add(region)
-                return region
-        return None
 
     def _merge_around(self, index: int) -> None:
         for left in (index, index - 1):

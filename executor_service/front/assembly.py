@@ -1,110 +1,115 @@
-"""Reassembly of a request's tensors from chunks, under byte credit, straight into the arena."""
+"""Reassembly of one item's tensors from chunks, straight into the arena, and the digest of what arrived."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
 
 from diptych.service.errors import InvalidInputError
 from diptych.wire.framing import CHUNK_BYTES, ItemChunk
-from executor_service.engine.messages import ItemSlots, TensorSlot
+from executor_service.engine.messages import TensorSlot
 from executor_service.front.admission import AdmittedItem
 from executor_service.front.arena import Region, aligned
-
-CREDIT_WINDOW: Final = 4 * 1024 * 1024
-"""Bytes of one request that may be on their way."""
+from registry import ItemLayout, TensorSpec
 
 
 @dataclass
 class _Incoming:
-    """One tensor: where it goes, and how much of it is there."""
+    """One tensor: where it goes, how much of it is there, and the hash of that."""
 
     name: str
-    dtype: str
-    shape: tuple[int, ...]
-    num_bytes: int
+    spec: TensorSpec
     place: int
     num_received: int = 0
+    hasher: Any = field(default_factory=hashlib.sha256)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.num_received == self.spec.num_bytes
 
 
-class Assembly:
-    """The tensors of one request on their way into its region."""
+class ItemAssembly:
+    """The tensors of one item on their way into `region` of the arena, whose memory is `view`.
 
-    def __init__(self, items: Sequence[AdmittedItem]) -> None:
-        self._items = items
-        self._incoming: list[list[_Incoming]] = []
+    Tensors that came inline with the Start are there at once.
+    """
+
+    def __init__(self, item: AdmittedItem, view: memoryview, region: Region) -> None:
+        self._view, self._region = view, region
+        self._incoming: list[_Incoming] = []
         place = 0
-        for item in items:
-            tensors = []
-            for name, spec in item.tensors:
-                tensors.append(_Incoming(name, spec.dtype, spec.shape, spec.num_bytes, place))
-                place += aligned(spec.num_bytes)
-            self._incoming.append(tensors)
-        self.region_bytes = place
-        self.num_bytes = sum(tensor.num_bytes for tensors in self._incoming for tensor in tensors)
-        self._num_received = 0
-        self._num_granted = 0
+        for name, spec in item.tensors:
+            self._incoming.append(_Incoming(name, spec, place))
+            place += aligned(spec.num_bytes)
+        self.num_bytes = sum(spec.num_bytes for name, spec in item.tensors if name not in item.inline)
+        for tensor in self._incoming:
+            if tensor.name in item.inline:
+                self._write(tensor, memoryview(item.inline[tensor.name]))
 
     @property
     def is_complete(self) -> bool:
         """Whether every byte is there."""
-        return self._num_received == self.num_bytes
+        return all(tensor.is_complete for tensor in self._incoming)
 
-    def grant(self) -> int:
-        """Bytes of credit to give now; 0 while enough is outstanding, so that grants come in large steps."""
-        outstanding = self._num_granted - self._num_received
-        more = min(CREDIT_WINDOW - outstanding, self.num_bytes - self._num_granted)
-        if more <= 0 or (self._num_granted and more < min(CREDIT_WINDOW // 2, self.num_bytes - self._num_granted)):
-            return 0
-        self._num_granted += more
-        return more
-
-    def accept(self, chunk: ItemChunk, view: memoryview, region: Region | None) -> None:
-        """Copy a chunk to its place; InvalidInputError if it is not the next one of its tensor, or beyond credit."""
+    def check(self, chunk: ItemChunk) -> None:
+        """InvalidInputError if the chunk is not the next one of its tensor."""
         size = len(chunk.data)
         tensor = self._tensor(chunk)
         if not 0 < size <= CHUNK_BYTES:
-            raise _refuse(chunk, f"a chunk has {size} bytes; it may have 1 to {CHUNK_BYTES}", CHUNK_BYTES, size)
+            raise refusal(chunk, f"a chunk has {size} bytes; it may have 1 to {CHUNK_BYTES}", CHUNK_BYTES, size)
         if chunk.offset != tensor.num_received:
             message = f"a chunk of {tensor.name} starts at byte {chunk.offset}; byte {tensor.num_received} is next"
-            raise _refuse(chunk, message, tensor.num_received, chunk.offset)
-        if chunk.offset + size > tensor.num_bytes:
-            message = f"{tensor.name} has {tensor.num_bytes} bytes; a chunk reaches to byte {chunk.offset + size}"
-            raise _refuse(chunk, message, tensor.num_bytes, chunk.offset + size)
-        if region is None or self._num_received + size > self._num_granted:
-            message = f"{self._num_received + size} bytes sent, credit was given for {self._num_granted}"
-            raise _refuse(chunk, message, self._num_granted, self._num_received + size)
-        start = region.offset + tensor.place + chunk.offset
-        view[start : start + size] = chunk.data
-        tensor.num_received += size
-        self._num_received += size
+            raise refusal(chunk, message, tensor.num_received, chunk.offset)
+        if chunk.offset + size > tensor.spec.num_bytes:
+            message = f"{tensor.name} has {tensor.spec.num_bytes} bytes; a chunk reaches to byte {chunk.offset + size}"
+            raise refusal(chunk, message, tensor.spec.num_bytes, chunk.offset + size)
 
-    def slots(self, region: Region) -> tuple[ItemSlots, ...]:
-        """What the engine is told: every item and where its tensors are."""
+    def write(self, chunk: ItemChunk) -> None:
+        """Copy a checked chunk to its place."""
+        self._write(self._tensor(chunk), chunk.data)
+
+    def slots(self) -> tuple[TensorSlot, ...]:
+        """Where the tensors are."""
         return tuple(
-            ItemSlots(
-                item.placeholder.offset,
-                item.placeholder.length,
-                item.info,
-                tuple(
-                    TensorSlot(tensor.name, tensor.dtype, tensor.shape, region.offset + tensor.place, tensor.num_bytes)
-                    for tensor in tensors
-                ),
-            )
-            for item, tensors in zip(self._items, self._incoming, strict=True)
-        )
+            TensorSlot(tensor.name, tensor.spec.dtype, tensor.spec.shape, self._region.offset + tensor.place,
+                       tensor.spec.num_bytes)
+            for tensor in self._incoming
+        )  # fmt: skip
+
+    def tensors_digest(self) -> bytes:
+        """SHA-256 over names, dtypes, shapes and the SHA-256 of the bytes, by name; once complete."""
+        hasher = hashlib.sha256()
+        for tensor in sorted(self._incoming, key=lambda tensor: tensor.name):
+            hasher.update(repr((tensor.name, tensor.spec.dtype, tensor.spec.shape)).encode())
+            hasher.update(tensor.hasher.digest())
+        return hasher.digest()
+
+    def _write(self, tensor: _Incoming, data: memoryview) -> None:
+        start = self._region.offset + tensor.place + tensor.num_received
+        self._view[start : start + len(data)] = data
+        # Hashed where it now is: nobody but us can change it there.
+        tensor.hasher.update(self._view[start : start + len(data)])
+        tensor.num_received += len(data)
 
     def _tensor(self, chunk: ItemChunk) -> _Incoming:
-        if chunk.item_index >= len(self._incoming):
-            message = f"a chunk is for item {chunk.item_index}; the request has {len(self._incoming)} items"
-            raise _refuse(chunk, message, len(self._incoming), chunk.item_index)
-        tensors = self._incoming[chunk.item_index]
-        if chunk.tensor_index >= len(tensors):
-            message = f"a chunk is for tensor {chunk.tensor_index}; the item has {len(tensors)} tensors"
-            raise _refuse(chunk, message, len(tensors), chunk.tensor_index)
-        return tensors[chunk.tensor_index]
+        if chunk.tensor_index >= len(self._incoming):
+            message = f"a chunk is for tensor {chunk.tensor_index}; the item has {len(self._incoming)} tensors"
+            raise refusal(chunk, message, len(self._incoming), chunk.tensor_index)
+        return self._incoming[chunk.tensor_index]
 
 
-def _refuse(chunk: ItemChunk, message: str, limit: int, actual: int) -> InvalidInputError:
+def content_digest(tensors_digest: bytes, modality: str, layout: ItemLayout) -> bytes:
+    """SHA-256 over all that an item's features depend on: its tensors and what its layout makes of its size."""
+    hasher = hashlib.sha256(tensors_digest)
+    hasher.update(repr((modality, layout.num_tokens)).encode())
+    for name in sorted(layout.constants):
+        constant = layout.constants[name]
+        hasher.update(repr((name, constant.dtype.str, constant.shape)).encode())
+        hasher.update(constant.tobytes())
+    return hasher.digest()
+
+
+def refusal(chunk: ItemChunk, message: str, limit: int, actual: int) -> InvalidInputError:
+    """What a wrong chunk is answered with."""
     return InvalidInputError(message, stage="receive", item=chunk.item_index, limit=limit, actual=actual)

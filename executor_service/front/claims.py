@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from diptych.service.errors import DiptychError, InvalidInputError, UnimplementedError
+from diptych.service.errors import DiptychError, InvalidInputError
 from diptych.v1 import tensor_pb2
 from diptych.wire.dtypes import DTYPE_OF_NAME, NAME_OF_DTYPE
 from registry import ItemLayout, TensorSpec
@@ -15,6 +15,7 @@ MAX_TENSORS: Final = 32
 MAX_AXES: Final = 8
 MAX_NAME_LENGTH: Final = 128
 MAX_ELEMENTS: Final = 1 << 40
+MAX_INLINE_BYTES: Final = 64 * 1024
 NamedSpecs = tuple[tuple[str, TensorSpec], ...]
 """In the order of the Start."""
 
@@ -65,11 +66,19 @@ def _attest_tensor(index: int, message: tensor_pb2.Tensor, spec: TensorSpec) -> 
 
 
 def _check_payload(index: int, message: tensor_pb2.Tensor, spec: TensorSpec) -> None:
-    if message.WhichOneof("payload") == "data":
-        raise UnimplementedError("inline tensor data is not served yet; send it in chunks", stage=STAGE, item=index)
-    if message.chunks.total_bytes != spec.num_bytes:
-        raise _mismatch(
-            index, f"announces {message.chunks.total_bytes} bytes for {message.name}; its shape has {spec.num_bytes}"
+    is_inline = message.WhichOneof("payload") == "data"
+    num_bytes = len(message.data) if is_inline else message.chunks.total_bytes
+    if num_bytes != spec.num_bytes:
+        verb = "has" if is_inline else "announces"
+        raise _mismatch(index, f"{verb} {num_bytes} bytes for {message.name}; its shape has {spec.num_bytes}")
+    if is_inline and num_bytes > MAX_INLINE_BYTES:
+        raise InvalidInputError(
+            f"item {index} has {num_bytes} bytes of {message.name} inline; at most {MAX_INLINE_BYTES} are allowed, "
+            "larger tensors come in chunks",
+            stage=STAGE,
+            item=index,
+            limit=MAX_INLINE_BYTES,
+            actual=num_bytes,
         )
 
 

@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from diptych.service.errors import (
     DeadlineError,
@@ -24,19 +22,20 @@ from diptych.wire.framing import ItemChunk
 from executor_service.engine.messages import (
     Abort,
     Booted,
+    Counters,
     EngineConfig,
     Finished,
     FinishReason,
     Load,
     StepReport,
     Submit,
-    TokenLogprobs,
 )
-from executor_service.front.admission import Admission, AdmittedRequest
-from executor_service.front.arena import Arena, Region, Reservation
-from executor_service.front.assembly import Assembly
+from executor_service.front.admission import Admission
+from executor_service.front.arena import Arena
 from executor_service.front.boot_log import BootLog
 from executor_service.front.engine_link import EngineLink
+from executor_service.front.reception import Reception, ReceptionCounters
+from executor_service.front.request import FrontRequest, Outlet
 from registry.family import ModelFamily
 
 LOG = logging.getLogger("diptych.executor")
@@ -47,56 +46,17 @@ _FINISH_REASONS = {
 }
 
 
-class Outlet(Protocol):
-    """Where a request's messages go: its stream."""
-
-    def put_token(self, handle: int, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        """An output token; sent with the others of this step at the next `flush`."""
-
-    def put(self, response: executor_pb2.ExecuteResponse) -> None:
-        """A control message, at once."""
-
-    def put_final(self, final: executor_pb2.Final) -> None:
-        """The request's last message, at once, after the tokens of the step."""
-
-    def flush(self) -> None:
-        """Send what the step has given."""
-
-
-@dataclass(eq=False)
-class FrontRequest:
-    """A request between admission and its Final."""
-
-    number: int
-    handle: int
-    outlet: Outlet
-    admitted: AdmittedRequest
-    assembly: Assembly
-    started: float = field(default_factory=time.monotonic)
-    received: float | None = None
-    reservation: Reservation | None = None
-    region: Region | None = None
-    deadline: asyncio.TimerHandle | None = None
-    is_at_engine: bool = False
-    error: DiptychError | None = None
-    num_output_tokens: int = 0
-
-    @property
-    def stage(self) -> str:
-        """Where the request is, for errors."""
-        if not self.is_at_engine:
-            return "receive"
-        return "generate" if self.num_output_tokens else "queue"
-
-
 class Front:
     """Everything between the streams and the engine. Lives in one event loop."""
 
-    def __init__(self, family: ModelFamily, config: EngineConfig, arena_bytes: int, max_requests: int) -> None:
+    def __init__(
+        self, family: ModelFamily, config: EngineConfig, arena_bytes: int, max_requests: int, receive_timeout: float
+    ) -> None:
         self.family = family
         self.config = config
         self._max_requests = max_requests
         self._arena = Arena(arena_bytes)
+        self._reception = Reception(self._arena, receive_timeout, self._submit, self.end)
         self._link = EngineLink(BootLog().show, self._on_step)
         self._requests: dict[int, FrontRequest] = {}
         self._next_number = 0
@@ -104,6 +64,7 @@ class Front:
         self._booted: Booted | None = None
         self._draining = False
         self.load = Load(0, 0, 0, 0)
+        self.counters = Counters()
         self._closed = asyncio.Event()
 
     @property
@@ -119,9 +80,14 @@ class Front:
         return sum(not request.is_at_engine for request in self._requests.values())
 
     @property
-    def num_used_bytes(self) -> int:
-        """Bytes of the arena that live requests hold."""
-        return self._arena.num_used_bytes
+    def num_pinned_bytes(self) -> int:
+        """Bytes of the arena that live requests hold; the rest may be forgotten."""
+        return self._arena.num_used_bytes - self._reception.store.num_unused_bytes
+
+    @property
+    def reception_counters(self) -> ReceptionCounters:
+        """What has arrived, and what did not need to."""
+        return self._reception.counters
 
     @property
     def is_accepting(self) -> bool:
@@ -157,11 +123,8 @@ class Front:
         return await asyncio.shield(self._link.died)
 
     def check_integrity(self) -> None:
-        """AssertionError unless the arena is whole and belongs to live requests."""
-        self._arena.check_integrity()
-        held = sum(request.region.num_bytes for request in self._requests.values() if request.region)
-        if held != self._arena.num_used_bytes:
-            raise AssertionError(f"{self._arena.num_used_bytes} arena bytes are in use, requests hold {held}")
+        """AssertionError unless arena, items and credit are whole and belong to live requests."""
+        self._reception.check_integrity(self._requests.values())
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -170,34 +133,33 @@ class Front:
         self._check_room()
         assert self._admission is not None
         admitted = self._admission.admit(start)
-        assembly = Assembly(admitted.items)
-        if assembly.region_bytes > self._arena.num_bytes:
+        region_bytes = sum(item.region_bytes for item in admitted.items)
+        if region_bytes > self._arena.num_bytes:
             raise LimitExceededError(
-                f"the request's tensors have {assembly.region_bytes} bytes; at most {self._arena.num_bytes} fit",
+                f"the request's tensors have {region_bytes} bytes; at most {self._arena.num_bytes} fit",
                 stage="admit",
                 limit=self._arena.num_bytes,
-                actual=assembly.region_bytes,
+                actual=region_bytes,
             )
-        request = FrontRequest(self._next_number, handle, outlet, admitted, assembly)
+        request = FrontRequest(self._next_number, handle, outlet, admitted)
         self._next_number += 1
         self._requests[request.number] = request
         self._set_deadline(request)
-        self._ask_for_tensors(request) if admitted.items else self._submit(request)
+        try:
+            self._reception.begin(request) if admitted.items else self._submit(request)
+        except Exception:
+            self._close(request)  # its stream does not know it yet
+            raise
         return request
 
     def receive(self, request: FrontRequest, chunk: ItemChunk) -> None:
         """Take a chunk; a wrong one ends the request."""
-        if request.error is not None or request.is_at_engine:
+        if request.error is not None:
             return  # sent before the sender knew
         try:
-            request.assembly.accept(chunk, self._arena.view, request.region)
+            self._reception.receive(request, chunk)
         except DiptychError as error:
             self.end(request, error)
-            return
-        if request.assembly.is_complete:
-            self._submit(request)
-        else:
-            self._give_credit(request)
 
     def cancel(self, request: FrontRequest) -> None:
         """The client does not want it any more."""
@@ -224,26 +186,20 @@ class Front:
     def _on_deadline(self, request: FrontRequest) -> None:
         self.end(request, DeadlineError(f"the deadline passed in stage {request.stage}", stage=request.stage))
 
-    def _ask_for_tensors(self, request: FrontRequest) -> None:
-        missing = executor_pb2.MissingItems(handle=request.handle, item_indices=range(len(request.admitted.items)))
-        request.outlet.put(executor_pb2.ExecuteResponse(missing_items=missing))
-
-        def granted(region: Region) -> None:
-            request.region = region
-            self._give_credit(request)
-
-        request.reservation = self._arena.reserve(request.assembly.region_bytes, granted)
-
-    def _give_credit(self, request: FrontRequest) -> None:
-        if num_bytes := request.assembly.grant():
-            credit = executor_pb2.Credit(handle=request.handle, bytes=num_bytes)
-            request.outlet.put(executor_pb2.ExecuteResponse(credit=credit))
-
     def _submit(self, request: FrontRequest) -> None:
+        admitted = request.admitted
+        submit = Submit(
+            request.number,
+            admitted.prompt_token_ids,
+            self._reception.slots(request),
+            admitted.sampling,
+            admitted.priority,
+            admitted.output_token_ids,
+        )
+        # From here on only the engine can end it.
         request.received = time.monotonic()
         request.is_at_engine = True
-        slots = request.assembly.slots(request.region) if request.region else ()
-        self._link.send(Submit(request.number, request.admitted.prompt_token_ids, slots, request.admitted.sampling))
+        self._link.send(submit)
 
     def end(self, request: FrontRequest, error: DiptychError) -> None:
         """End a request with an error; at the engine it is aborted first, and reported when its blocks are free."""
@@ -262,16 +218,15 @@ class Front:
         _log_end(request)
         if request.deadline is not None:
             request.deadline.cancel()
-        if request.reservation is not None:
-            self._arena.withdraw(request.reservation)
-        if request.region is not None:
-            self._arena.release(request.region)
-            request.region = None
+        self._reception.end(request)
 
     # --- the engine's side --------------------------------------------------------------------------
 
     def _on_step(self, report: StepReport) -> None:
         """Give every stream its share of the step, in one message each."""
+        for number, entries in report.prompt_logprobs:
+            if (request := self._requests[number]).error is None:
+                request.outlet.put_prompt_logprobs(request.handle, entries)
         logprobs = dict(report.logprobs)
         touched: dict[Outlet, None] = {}
         for index, (number, token_id) in enumerate(zip(report.request_ids, report.token_ids, strict=True)):
@@ -287,7 +242,7 @@ class Front:
             touched[request.outlet] = None
         for outlet in touched:
             outlet.flush()
-        self.load = report.load
+        self.load, self.counters = report.load, report.counters
 
     def _final(self, request: FrontRequest, finished: Finished) -> executor_pb2.Final:
         if finished.reason is FinishReason.FAILED:
@@ -339,7 +294,7 @@ def _completion(request: FrontRequest, finished: Finished) -> executor_pb2.Compl
             prompt_tokens=len(request.admitted.prompt_token_ids),
             image_tokens=request.admitted.num_image_tokens,
             cached_tokens=finished.num_cached_tokens,
-            completion_tokens=request.num_output_tokens,
+            completion_tokens=len(request.admitted.output_token_ids) + request.num_output_tokens,
         ),
         times=tensor_pb2.StageTimes(
             transfer_seconds=request.received - request.started if request.admitted.items else None,

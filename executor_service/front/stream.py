@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator
+from itertools import count
 
-from diptych.service.errors import DiptychError, InvalidInputError
+from diptych.service.errors import DiptychError, InternalError, InvalidInputError
 from diptych.v1 import executor_pb2, tensor_pb2
 from diptych.wire.framing import ItemChunk
 from executor_service.engine.messages import TokenLogprobs
-from executor_service.front.front import Front, FrontRequest
+from executor_service.front.credit import STREAM_WINDOW, Window
+from executor_service.front.front import Front
+from executor_service.front.item_store import Sender
+from executor_service.front.request import FrontRequest
 
+LOG = logging.getLogger("diptych.executor")
 MAX_ENDED_HANDLES = 65536
 """Handles a stream remembers after their Final, so that late chunks are told from wrong ones."""
 
@@ -19,8 +25,12 @@ MAX_ENDED_HANDLES = 65536
 class ExecuteStream:
     """Implements the front's `Outlet`. All of it runs in the event loop."""
 
-    def __init__(self, front: Front) -> None:
+    _numbers = count()
+
+    def __init__(self, front: Front, peer: str) -> None:
         self._front = front
+        self.sender = Sender(peer, next(self._numbers))
+        self.window = Window(STREAM_WINDOW)
         self._live: dict[int, FrontRequest] = {}
         self._ended: dict[int, None] = {}
         self._outgoing: deque[executor_pb2.ExecuteResponse] = deque()
@@ -28,6 +38,7 @@ class ExecuteStream:
         self._step = executor_pb2.StepOutputs()
         self._news = asyncio.Event()
         self._is_half_closed = False
+        self._failure: Exception | None = None
 
     # --- reading ------------------------------------------------------------------------------------
 
@@ -36,11 +47,20 @@ class ExecuteStream:
         try:
             self._dispatch(request)
         except DiptychError as error:
-            self.put_final(executor_pb2.Final(handle=request.handle, status=error.to_status()))
+            self._end(request.handle, error)
+        except Exception:
+            LOG.exception("unexpected error with a message for handle %d", request.handle)
+            stage = "receive" if isinstance(request, ItemChunk) else "admit"
+            self._end(request.handle, InternalError("internal error; the executor's log has the details", stage=stage))
 
     def half_close(self) -> None:
         """The sender has nothing more to say; what runs is answered to its end."""
         self._is_half_closed = True
+        self._news.set()
+
+    def fail(self, error: Exception) -> None:
+        """The stream cannot be read any further: `responses` ends with this error."""
+        self._failure = error
         self._news.set()
 
     def lose(self) -> None:
@@ -68,7 +88,15 @@ class ExecuteStream:
             self._front.end(self._live[handle], twice)
             return
         self._ended.pop(handle, None)
-        self._live[handle] = self._front.open(handle, start, self)
+        request = self._front.open(handle, start, self)
+        self._live[handle] = request
+
+    def _end(self, handle: int, error: DiptychError) -> None:
+        """End a request whether it had got as far as the front or not."""
+        if (request := self._live.get(handle)) is not None:
+            self._front.end(request, error)
+        else:
+            self.put_final(executor_pb2.Final(handle=handle, status=error.to_status()))
 
     def _find(self, handle: int, what: str) -> FrontRequest | None:
         """The live request; None if it has just ended; InvalidInputError if there never was one."""
@@ -84,6 +112,11 @@ class ExecuteStream:
         """Queue a control message."""
         self._outgoing.append(response)
         self._news.set()
+
+    def put_prompt_logprobs(self, handle: int, entries: list[TokenLogprobs]) -> None:
+        """Queue a message of their own."""
+        message = executor_pb2.PromptLogprobs(handle=handle, logprobs=[_position_logprobs(entry) for entry in entries])
+        self.put(executor_pb2.ExecuteResponse(prompt_logprobs=message))
 
     def put_token(self, handle: int, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Add a token to the step's message."""
@@ -112,10 +145,12 @@ class ExecuteStream:
         self._finals.clear()
 
     async def responses(self) -> AsyncIterator[executor_pb2.ExecuteResponse]:
-        """What goes back, until the sender has half-closed and every request has its Final."""
+        """What goes back, until the sender has half-closed and every request has its Final; raises what `fail` got."""
         while True:
             while self._outgoing:
                 yield self._outgoing.popleft()
+            if self._failure is not None:
+                raise self._failure
             if self._is_half_closed and not self._live:
                 return
             await self._news.wait()

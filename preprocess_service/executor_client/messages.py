@@ -18,6 +18,7 @@ def make_start(call: GenerateCall, plan: Plan, fingerprint_digest: bytes) -> exe
         items=[_media_item(item) for item in plan.items],
         sampling=call.sampling,
         traceparent=call.traceparent,
+        priority=call.priority,
     )
     if (seconds := call.deadline.time_left) is not None:
         start.time_left.FromNanoseconds(int(seconds * 1e9))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from diptych.v1 import executor_pb2
-from diptych.wire.framing import CHUNK_BYTES, ItemChunk
+from diptych.wire.framing import CHUNK_BYTES, ItemChunk, tensor_bytes
 
 
 @dataclass(slots=True)
@@ -55,9 +55,7 @@ class Outbox:
     def add_tensor(self, handle: int, item_index: int, tensor_index: int, array: np.ndarray) -> None:
         """Queue a contiguous tensor; it must not change until it is sent. One without elements has no chunks."""
         if array.nbytes:
-            # Reshaped because a view of bytes needs at least one axis.
-            data = array.reshape(-1).view(np.uint8).data
-            self._transfer(handle).pieces.append(_Piece(item_index, tensor_index, data))
+            self._transfer(handle).pieces.append(_Piece(item_index, tensor_index, tensor_bytes(array)))
             self._take_turn(handle)
 
     def add_credit(self, handle: int, num_bytes: int) -> None:

@@ -30,13 +30,20 @@ class TokenOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Log probabilities of the next prompt tokens."""
+
+    logprobs: tuple[tensor_pb2.PositionLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Completed:
     """The request ended well."""
 
     completion: executor_pb2.Completion
 
 
-Event = MissingItems | TokenOutput | Completed
+Event = MissingItems | PromptScores | TokenOutput | Completed
 
 
 class StreamEnd(Protocol):

@@ -14,7 +14,7 @@ from diptych.service.errors import UnavailableError
 from diptych.v1 import executor_pb2
 from diptych.wire.framing import encode_request
 from preprocess_service.executor_client.outbox import Outbox
-from preprocess_service.executor_client.request import MissingItems, RemoteRequest, TokenOutput
+from preprocess_service.executor_client.request import MissingItems, PromptScores, RemoteRequest, TokenOutput
 
 LOG = logging.getLogger("diptych.preprocess.executor")
 EXECUTE: Final = "/diptych.v1.ExecutorService/Execute"
@@ -34,7 +34,6 @@ class ExecutorStream:
         self._closes_when_idle = closes_when_idle
         self._call: Any = channel.stream_stream(
             EXECUTE,
-            request_serializer=encode_request,
             response_deserializer=executor_pb2.ExecuteResponse.FromString,
         )()
         self._outbox = Outbox()
@@ -83,9 +82,13 @@ class ExecutorStream:
         """Send what the outbox gives; the transport's flow control slows this loop alone."""
         try:
             while True:
-                await self._call.write(await self._outbox.next())
+                # Encoded here, for grpc would log a failure and go on without the message.
+                await self._call.write(encode_request(await self._outbox.next()))
         except (grpc.RpcError, asyncio.InvalidStateError):
             return  # the reader learns why
+        except Exception:
+            LOG.exception("unexpected error while sending to executor %s", self._address)
+            self._lose("a message could not be sent to it")
 
     def _new_handle(self) -> int:
         while self._next_handle in self._requests:
@@ -107,6 +110,9 @@ class ExecutorStream:
             # A cancelled call and a cancelled task look the same here; only the latter is passed on.
             if not self._call.cancelled():
                 raise
+        except Exception:
+            LOG.exception("unexpected answer of executor %s", self._address)
+            self._lose("its answer cannot be understood")
         else:
             self._lose("it closed the stream")
 
@@ -120,6 +126,9 @@ class ExecutorStream:
         elif kind == "missing_items":
             if (request := self._requests.get(response.missing_items.handle)) is not None:
                 request.receive(MissingItems(tuple(response.missing_items.item_indices)))
+        elif kind == "prompt_logprobs":
+            if (request := self._requests.get(response.prompt_logprobs.handle)) is not None:
+                request.receive(PromptScores(tuple(response.prompt_logprobs.logprobs)))
         elif kind == "final":
             self._end(response.final)
 
@@ -141,6 +150,7 @@ class ExecutorStream:
     def _lose(self, reason: str) -> None:
         was_open, self.is_open = self.is_open, False
         self._writer.cancel()
+        self._call.cancel()  # where we are the ones who give up, the executor is to know
         requests, self._requests = list(self._requests.values()), {}
         for request in requests:
             request.lose(self._lost_error(reason))

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer
 
-from preprocess_service.tokens.tokenizer import PROBE_TEXTS, TextTokenizer
+from preprocess_service.tokens.tokenizer import PROBE_TEXTS, TextTokenizer, encode_text
 from registry.errors import CheckpointError
 
 _PRIVATE_BYTES: Final = 16
@@ -71,8 +71,7 @@ class PrivatePlaceholders:
     def encode(self, rendered: str, protected: ProtectedTexts, add_special_tokens: bool) -> list[int]:
         """Token ids of a rendered chat: its own placeholders are tokens, the protected texts ordinary text."""
         named = self._pattern.sub(lambda found: self._names[found[0]], rendered)
-        ids: list[int] = self._backend.encode(protected.restore(named), add_special_tokens=add_special_tokens).ids
-        return ids
+        return encode_text(self._backend, protected.restore(named), add_special_tokens)
 
     def _verify(self, tokenizer: TextTokenizer) -> None:
         """CheckpointError unless renaming changed the placeholders alone."""

@@ -22,12 +22,22 @@ class StopStrings:
         """The text that is safe to give out; `matched` is set once a stop string is complete."""
         if not self._stops or not text:
             return text
-        buffer = self._held + text
-        found = [(at + len(stop), at, stop) for stop in self._stops if (at := buffer.find(stop)) >= 0]
+        buffer, num_old = self._held + text, len(self._held)
+        # One that is complete in what was held back was skipped.
+        begins = {stop: max(num_old + 1 - len(stop), 0) for stop in self._stops}
+        found = [(at + len(s), at, s) for s, begin in begins.items() if (at := buffer.find(s, begin)) >= 0]
         if found:
             _, start, self.matched = min(found)
             self._held = ""
             return buffer[:start]
+        return self._hold(buffer)
+
+    def skip(self, text: str) -> str:
+        """As `feed`, but stop strings that this text completes do not count."""
+        return self._hold(self._held + text) if self._stops else text
+
+    def _hold(self, buffer: str) -> str:
+        """Keep the longest end of the text that may be the beginning of a stop string; give the rest."""
         num_held = max(_overlap(buffer, stop) for stop in self._stops)
         self._held = buffer[len(buffer) - num_held :]
         return buffer[: len(buffer) - num_held]

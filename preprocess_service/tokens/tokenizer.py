@@ -6,11 +6,11 @@ import codecs
 import json
 import re
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any, Final
 
 from tokenizers import Tokenizer
 
+from preprocess_service.tokens.bound import BYTE_OF_CHARACTER, max_bytes_per_token
 from registry.errors import CheckpointError
 
 PROBE_TEXTS: Final = (
@@ -24,13 +24,17 @@ PROBE_TEXTS: Final = (
 """Texts on which tokenizers are compared at boot."""
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _CHARACTER_BYTES: Final = 4
+_LONG_TEXT: Final = 4096
+"""Characters from which on it pays to let other threads run meanwhile."""
+_MANY_IDS: Final = 4096
 
 
 class TextTokenizer:
     """Encodes and decodes exactly as the transformers tokenizer it is made from.
 
     It works on a copy of the underlying tokenizer: transformers changes its own while encoding (padding,
-    truncation), which other threads must not see.
+    truncation), which other threads must not see. `max_bytes_per_token`: bytes of text that a token stands
+    for at most; None where the tokenizer may lose text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -39,19 +43,23 @@ class TextTokenizer:
         self._backend.no_padding()
         added = self._backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        decoders = set(_decoder_types(json.loads(self.to_json())["decoder"]))
+        description = json.loads(self.to_json())
+        self.max_bytes_per_token = max_bytes_per_token(description)
+        decoders = set(_decoder_types(description["decoder"]))
         self._is_byte_level = "ByteLevel" in decoders
         self._has_byte_fallback = "ByteFallback" in decoders
         self._verify(tokenizer)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, as `tokenizer(text)["input_ids"]`."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return encode_text(self._backend, text, add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
-        text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        if len(token_ids) <= _MANY_IDS:
+            text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        else:
+            (text,) = self._backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
         return text
 
     def is_silent(self, token_id: int) -> bool:
@@ -75,7 +83,7 @@ class TextTokenizer:
     def _bytes_of(self, token_id: int) -> bytes:
         token: str = self._backend.id_to_token(token_id)
         if self._is_byte_level:
-            table = _byte_of_character()
+            table = BYTE_OF_CHARACTER
             return bytes(table[c] for c in token) if all(c in table for c in token) else token.encode()
         if self._has_byte_fallback and (byte := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(byte[1], 16)])
@@ -90,18 +98,19 @@ class TextTokenizer:
                 )
 
 
+def encode_text(backend: Any, text: str, add_special_tokens: bool) -> list[int]:
+    """Token ids of a text. `encode` holds the interpreter until it is done, so long texts go the way of batches."""
+    if len(text) <= _LONG_TEXT:
+        encoding = backend.encode(text, add_special_tokens=add_special_tokens)
+    else:
+        (encoding,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    ids: list[int] = encoding.ids
+    return ids
+
+
 def _decoder_types(decoder: dict[str, Any] | None) -> Iterator[str]:
     """Names of a tokenizer.json's decoders, nested ones included."""
     if decoder is not None:
         yield decoder["type"]
         for inner in decoder.get("decoders", []):
             yield from _decoder_types(inner)
-
-
-@lru_cache(maxsize=1)
-def _byte_of_character() -> dict[str, int]:
-    """The byte that each character of a byte-level token stands for (GPT-2's table)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(256 + index): byte for index, byte in enumerate(others)}

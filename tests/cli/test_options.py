@@ -55,6 +55,8 @@ def test_every_help_teaches_with_examples(capsys: pytest.CaptureFixture[str], co
         ("generate", "--address", "x:1"),
         ("generate", "--address", "x:1", "--model", "y", "--prompt", "x"),
         ("generate", "--address", "x:1", "--prompt", "x", "--max-tokens", "many"),
+        ("generate", "--address", "x:1", "--prompt", "x", "--logit-bias", "5"),
+        ("generate", "--address", "x:1", "--prompt", "x", "--logit-bias", "five=5"),
         ("plan", "--address", "x:1", "--prompt", "x", "--limit-mm-per-prompt", "image=2"),
         ("plan", "--model", "x", "--prompt", "x", "--limit-mm-per-prompt", "image"),
         ("preprocess", "--model", "x"),

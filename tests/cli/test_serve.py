@@ -59,6 +59,26 @@ def test_generate_as_json(address: str, image: Path) -> None:
     assert text.stdout == answer["text"] + "\n"
 
 
+def test_how_tokens_are_chosen(address: str) -> None:
+    """Flags reach the model: what is biased comes, what is bad does not, and the prompt is scored where asked for."""
+    ask = ("generate", "--address", address, "--prompt", "a b", "--max-tokens", 4, "--ignore-eos", "--json")
+    biased = json.loads(diptych(*ask, "--logit-bias", "70=100", "--logit-bias", "71=90").stdout)
+    assert biased["token_ids"] == [70] * 4
+    plain = json.loads(diptych(*ask).stdout)
+    done = diptych(
+        *ask, "--logit-bias", f"{plain['token_ids'][0]}=-100", "--bad-word", "zebra", "--min-p", 0.1,
+        "--repetition-penalty", 1.5, "--presence-penalty", 0.5, "--frequency-penalty", 0.5, "--min-tokens", 2,
+        "--prompt-logprobs", 2, "--temperature", 1, "--seed", 4,
+    )  # fmt: skip
+    answer = json.loads(done.stdout)
+    assert plain["token_ids"][0] not in answer["token_ids"]
+    assert len(answer["prompt_logprobs"]) == answer["usage"]["prompt_tokens"] - 1
+    assert all(len(entry["top"]) == 2 and entry["logprob"] < 0 for entry in answer["prompt_logprobs"])
+    assert "prompt_logprobs" not in plain
+    refused = diptych(*ask, "--min-tokens", 5)
+    assert refused.stderr.startswith("INVALID_ARGUMENT: sampling.min_tokens is 5; it must be at most max_tokens")
+
+
 def test_what_the_server_refuses(address: str) -> None:
     done = diptych("generate", "--address", address, "--prompt", "a", "--temperature", -1)
     assert (done.returncode, done.stdout) == (1, "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,17 @@ def test_a_client_gets_the_answer(served_demo, request, client: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() == ENTRY["answer"]
+
+
+@pytest.mark.parametrize("client", ["python_client", "node_client"])
+def test_a_client_survives_an_error_without_details(request, client: str) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and nobody listens
+        command = [*request.getfixturevalue(client), f"127.0.0.1:{closed.getsockname()[1]}", HELD_OUT / ENTRY["file"]]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith(("UNAVAILABLE: ", "14: "))
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("client", ["python_client", "node_client"])

@@ -1,62 +1,79 @@
-"""The shared arena: never overlapping, never overtaken, always whole."""
+"""The shared arena: never overlapping, always whole."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from executor_service.front.arena import ALIGNMENT, Arena, Region, Reservation
+from executor_service.front.arena import ALIGNMENT, Arena, Region, aligned
 
 SIZE = 64 * ALIGNMENT
 
 
 class ArenaMachine(RuleBasedStateMachine):
-    """Random reservations, withdrawals and releases."""
+    """Regions taken, split and released at random."""
 
     def __init__(self) -> None:
         super().__init__()
         self.arena = Arena(SIZE)
         self.regions: list[Region] = []
-        self.granted: list[int] = []
-        self.asked: list[tuple[int, Reservation]] = []
 
     def teardown(self) -> None:
         for region in self.regions:
             self.arena.release(region)
+        assert self.arena.take(SIZE) == Region(0, SIZE)
+        self.arena.release(Region(0, SIZE))
         self.arena.close()
 
-    @rule(num_bytes=st.integers(1, SIZE))
-    def reserve(self, num_bytes: int) -> None:
-        number = len(self.asked)
-
-        def granted(region: Region) -> None:
-            assert region.num_bytes >= num_bytes
+    @rule(num_bytes=st.integers(0, SIZE))
+    def take(self, num_bytes: int) -> None:
+        region = self.arena.take(num_bytes)
+        if region is None:
+            assert not self.largest_gap() >= aligned(num_bytes)
+        else:
+            assert region.num_bytes == aligned(num_bytes)
             self.regions.append(region)
-            self.granted.append(number)
 
-        self.asked.append((number, self.arena.reserve(num_bytes, granted)))
+    @rule(sizes=st.lists(st.integers(0, 3000), max_size=5))
+    def take_and_split(self, sizes: list[int]) -> None:
+        region = self.arena.take(sum(aligned(size) for size in sizes))
+        if region is not None:
+            parts = self.arena.split(region, sizes)
+            assert [part.num_bytes for part in parts] == [aligned(size) for size in sizes]
+            self.regions += parts
 
     @rule(index=st.integers(0, 100))
     def release(self, index: int) -> None:
         if self.regions:
             self.arena.release(self.regions.pop(index % len(self.regions)))
 
-    @rule(index=st.integers(0, 100))
-    def withdraw(self, index: int) -> None:
-        if self.asked:
-            self.arena.withdraw(self.asked[index % len(self.asked)][1])
+    def largest_gap(self) -> int:
+        edges = [0, *(edge for region in self.real() for edge in (region.offset, region.end)), SIZE]
+        return max(end - begin for begin, end in zip(edges[::2], edges[1::2], strict=True))
+
+    def real(self) -> list[Region]:
+        return sorted(region for region in self.regions if region.num_bytes)
 
     @invariant()
-    def whole_and_in_order(self) -> None:
+    def whole(self) -> None:
         self.arena.check_integrity()
-        assert self.granted == sorted(self.granted)
-        ordered = sorted(self.regions)
-        assert all(a.end <= b.offset for a, b in pairwise(ordered))
+        assert all(a.end <= b.offset for a, b in pairwise(self.real()))
         assert self.arena.num_used_bytes == sum(region.num_bytes for region in self.regions)
 
 
 ArenaMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestArena = ArenaMachine.TestCase
+
+
+def test_parts_must_make_up_the_region() -> None:
+    arena = Arena(SIZE)
+    region = arena.take(4 * ALIGNMENT)
+    assert region is not None
+    with pytest.raises(ValueError, match="do not make up"):
+        arena.split(region, [ALIGNMENT, ALIGNMENT])
+    arena.release(region)
+    arena.close()

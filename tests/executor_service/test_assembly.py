@@ -1,4 +1,4 @@
-"""Reassembly under credit: what is granted, what is refused, and what the engine is told."""
+"""Reassembly of one item: what is refused, where the bytes end up, and what its digest depends on."""
 
 from __future__ import annotations
 
@@ -9,70 +9,100 @@ from diptych.service.errors import InvalidInputError
 from diptych.wire.framing import CHUNK_BYTES, ItemChunk, split_tensor
 from executor_service.front.admission import AdmittedItem
 from executor_service.front.arena import Region
-from executor_service.front.assembly import CREDIT_WINDOW, Assembly
+from executor_service.front.assembly import ItemAssembly, content_digest
 from registry import ItemLayout, MediaInfo, PlaceholderRange, Run, TensorSpec
 
-BIG = 3 * CREDIT_WINDOW + 12345
 
-
-def item(**sizes: int) -> AdmittedItem:
-    specs = {name: TensorSpec("uint8", (size,)) for name, size in sizes.items()}
+def item(inline: dict[str, bytes] | None = None, dtype: str = "uint8", **sizes: int) -> AdmittedItem:
+    specs = {name: TensorSpec(dtype, (size,)) for name, size in sizes.items()}
     layout = ItemLayout((Run(7, 4),), specs)
-    return AdmittedItem(MediaInfo.image(5, 6), PlaceholderRange(2, 4), layout, tuple(specs.items()))
+    place = PlaceholderRange(2, 4)
+    return AdmittedItem(MediaInfo.image(5, 6), place, layout, tuple(specs.items()), inline=inline or {})
 
 
-def memory(assembly: Assembly) -> tuple[memoryview, Region]:
-    return memoryview(bytearray(assembly.region_bytes + 256)), Region(256, assembly.region_bytes)
+def assembly_of(admitted: AdmittedItem) -> tuple[ItemAssembly, memoryview]:
+    view = memoryview(bytearray(admitted.region_bytes + 256))
+    return ItemAssembly(admitted, view, Region(256, admitted.region_bytes)), view
 
 
-def test_credit_never_exceeds_the_window_and_adds_up() -> None:
-    assembly = Assembly([item(a=BIG)])
-    view, region = memory(assembly)
-    data = np.random.default_rng(0).integers(0, 256, BIG, dtype=np.uint8)
-    granted, received = assembly.grant(), 0
-    assert granted == CREDIT_WINDOW
-    for chunk in split_tensor(1, 0, 0, memoryview(data)):
-        assert received + len(chunk.data) <= granted
-        assembly.accept(chunk, view, region)
-        received += len(chunk.data)
-        granted += assembly.grant()
-        assert granted - received <= CREDIT_WINDOW
-    assert granted == BIG
+def feed(assembly: ItemAssembly, tensor_index: int, data: bytes) -> None:
+    for chunk in split_tensor(1, 0, tensor_index, memoryview(data)):
+        assembly.check(chunk)
+        assembly.write(chunk)
+
+
+def test_tensors_have_places_of_their_own() -> None:
+    assembly, view = assembly_of(item(a=3 * CHUNK_BYTES + 5, b=300, c=7))
+    contents = [np.random.default_rng(n).bytes(size) for n, size in enumerate((3 * CHUNK_BYTES + 5, 300, 7))]
+    for index in (2, 0, 1):
+        assert not assembly.is_complete
+        feed(assembly, index, contents[index])
     assert assembly.is_complete
-    (slots,) = assembly.slots(region)
-    slot = slots.tensors[0]
-    assert bytes(view[slot.arena_offset : slot.arena_offset + slot.num_bytes]) == data.tobytes()
+    for slot, content in zip(assembly.slots(), contents, strict=True):
+        assert bytes(view[slot.arena_offset : slot.arena_offset + slot.num_bytes]) == content
 
 
-def test_more_than_the_credit_is_refused() -> None:
-    assembly = Assembly([item(a=BIG)])
-    view, region = memory(assembly)
-    assembly.grant()
-    chunks = split_tensor(1, 0, 0, memoryview(bytes(BIG)))
-    for _ in range(CREDIT_WINDOW // CHUNK_BYTES):
-        assembly.accept(next(chunks), view, region)
-    with pytest.raises(InvalidInputError, match=f"credit was given for {CREDIT_WINDOW}") as caught:
-        assembly.accept(next(chunks), view, region)
-    assert (caught.value.limit, caught.value.actual) == (CREDIT_WINDOW, CREDIT_WINDOW + CHUNK_BYTES)
+def test_inline_tensors_are_there_at_once() -> None:
+    assembly, view = assembly_of(item({"b": b"inline!"}, a=10, b=7))
+    assert assembly.num_bytes == 10
+    feed(assembly, 0, b"0123456789")
+    assert assembly.is_complete
+    slot = assembly.slots()[1]
+    assert bytes(view[slot.arena_offset : slot.arena_offset + 7]) == b"inline!"
+    with pytest.raises(InvalidInputError, match="byte 7 is next"):
+        assembly.check(ItemChunk(1, 0, 1, 0, memoryview(b"x")))
 
 
-@pytest.mark.parametrize("region", [None, Region(0, 512)])
-def test_nothing_is_taken_before_credit_was_given(region: Region | None) -> None:
-    assembly = Assembly([item(a=100)])
-    with pytest.raises(InvalidInputError, match="credit was given for 0"):
-        assembly.accept(ItemChunk(1, 0, 0, 0, memoryview(b"x" * 10)), memoryview(bytearray(1024)), region)
+@pytest.mark.parametrize(
+    ("tensor", "offset", "size", "text"),
+    [
+        (1, 0, 5, "the item has 1 tensors"),
+        (0, 0, 0, "a chunk has 0 bytes"),
+        (0, 0, CHUNK_BYTES + 1, f"1 to {CHUNK_BYTES}"),
+        (0, 5, 5, "byte 0 is next"),
+        (0, 0, 101, "reaches to byte 101"),
+    ],
+)
+def test_what_is_not_the_next_chunk_is_refused(tensor: int, offset: int, size: int, text: str) -> None:
+    assembly, _ = assembly_of(item(a=100))
+    with pytest.raises(InvalidInputError, match=text):
+        assembly.check(ItemChunk(1, 0, tensor, offset, memoryview(bytes(size))))
 
 
-def test_tensors_of_all_items_have_places_of_their_own() -> None:
-    assembly = Assembly([item(a=100, b=300), item(a=7)])
-    view, region = memory(assembly)
-    assembly.grant()
-    contents = {(0, 0): b"p" * 100, (0, 1): b"q" * 300, (1, 0): b"r" * 7}
-    for (index, tensor), data in reversed(contents.items()):
-        assembly.accept(ItemChunk(1, index, tensor, 0, memoryview(data)), view, region)
-    slots = assembly.slots(region)
-    for (index, tensor), data in contents.items():
-        slot = slots[index].tensors[tensor]
-        assert slot.arena_offset % 256 == 0
-        assert bytes(view[slot.arena_offset : slot.arena_offset + slot.num_bytes]) == data
-    assert [slot.name for slot in slots[0].tensors] == ["a", "b"]
+def digest(admitted: AdmittedItem, *contents: bytes) -> bytes:
+    assembly, _ = assembly_of(admitted)
+    for index, content in enumerate(contents):
+        feed(assembly, index, content)
+    return assembly.tensors_digest()
+
+
+def test_the_tensors_digest_tells_names_dtypes_shapes_and_bytes_apart() -> None:
+    data = bytes(range(100))
+    digests = [
+        digest(item(a=100), data),
+        digest(item(a=100), data[::-1]),
+        digest(item(b=100), data),
+        digest(item(dtype="int8", a=100), data),
+        digest(item(a=50, b=50), data[:50], data[50:]),
+        digest(item(a=51, b=49), data[:51], data[51:]),
+    ]
+    assert len(set(digests)) == len(digests)
+    assert digest(item({"a": data}, a=100)) == digests[0]
+    assert digest(item(b=50, a=50), data[50:], data[:50]) == digests[4]
+
+
+def test_the_content_digest_counts_what_follows_from_the_size() -> None:
+    def layout(length: int, **constants: np.ndarray) -> ItemLayout:
+        return ItemLayout((Run(7, length),), {}, constants)
+
+    sizes = np.array([[480, 640]])
+    digests = [
+        content_digest(b"t" * 32, "image", layout(4)),
+        content_digest(b"u" * 32, "image", layout(4)),
+        content_digest(b"t" * 32, "video", layout(4)),
+        content_digest(b"t" * 32, "image", layout(5)),
+        content_digest(b"t" * 32, "image", layout(4, image_sizes=sizes)),
+        content_digest(b"t" * 32, "image", layout(4, image_sizes=sizes + 1)),
+        content_digest(b"t" * 32, "image", layout(4, image_sizes=sizes.astype(np.int32))),
+    ]
+    assert len(set(digests)) == len(digests)

@@ -12,6 +12,7 @@ from diptych.v1 import executor_pb2, tensor_pb2
 from executor_service.server import ExecutorServer
 from executor_service.settings import ExecutorSettings
 from registry.fingerprint import fingerprint
+from tests.checkpoints import VOCAB_SIZE
 from tests.executor_service.peer import Peer, Planned, Planner, model_facts
 from tests.services import EXECUTOR_DEFAULTS, service_thread, wait_idle
 
@@ -143,9 +144,35 @@ LIES = {
     "temperature": (lambda s: setattr(s.sampling, "temperature", -1), "INVALID_ARGUMENT", "admit", "temperature is -1"),
     "nan": (lambda s: setattr(s.sampling, "top_p", float("nan")), "INVALID_ARGUMENT", "admit", "top_p is nan"),
     "stop token": (lambda s: s.sampling.stop_token_ids.append(10**9), "INVALID_ARGUMENT", "admit", "ids are below"),
-    "penalty": (lambda s: setattr(s.sampling, "presence_penalty", 1), "UNIMPLEMENTED", "admit", "presence_penalty"),
-    "resumption": (lambda s: s.output_token_ids.append(1), "UNIMPLEMENTED", "admit", "output_token_ids"),
-    "priority": (lambda s: setattr(s, "priority", 0), "UNIMPLEMENTED", "admit", "priority"),
+    "penalty": (lambda s: setattr(s.sampling, "presence_penalty", 9), "INVALID_ARGUMENT", "admit", "penalty is 9"),
+    "biased token": (
+        lambda s: s.sampling.logit_bias.update({VOCAB_SIZE: 1}), "INVALID_ARGUMENT", "admit", "logit_bias has 328",
+    ),
+    "bias": (lambda s: s.sampling.logit_bias.update({1: 101}), "INVALID_ARGUMENT", "admit", "logit_bias of token 1"),
+    "empty bad word": (lambda s: s.sampling.bad_words.add(), "INVALID_ARGUMENT", "admit", "has 0 ids"),
+    "bad word": (
+        lambda s: s.sampling.bad_words.add(token_ids=[1, 2**32 - 1]), "INVALID_ARGUMENT", "admit", "ids are below 328",
+    ),
+    "min tokens": (lambda s: setattr(s.sampling, "min_tokens", 9), "INVALID_ARGUMENT", "admit", "at most max_tokens"),
+    "output token": (lambda s: s.output_token_ids.append(10**9), "INVALID_ARGUMENT", "admit", "no text token"),
+    "ended output": (
+        lambda s: (s.sampling.stop_token_ids.append(9), s.output_token_ids.extend([8, 9])),
+        "INVALID_ARGUMENT", "admit", "output_token_ids[1] is 9, which ends an answer",
+    ),
+    "whole output": (lambda s: s.output_token_ids.extend([9] * 8), "INVALID_ARGUMENT", "admit", "at most 8"),
+    "media digest": (
+        lambda s: setattr(s.items[0], "media_digest", b"x"), "INVALID_ARGUMENT", "attest", "SHA-256 has 32",
+    ),
+    "inline bytes": (set_tensor(data=b"x" * 17), "INVALID_ARGUMENT", "attest", "has 17 bytes"),
+    "request id": (
+        lambda s: setattr(s, "request_id", "x" * 129), "INVALID_ARGUMENT", "admit", "129 characters; at most 128",
+    ),
+    "frames of an image": (
+        lambda s: setattr(s.items[0].info, "num_frames", 7), "INVALID_ARGUMENT", "attest", "claims num_frames 7",
+    ),
+    "rate of an image": (
+        lambda s: setattr(s.items[0].info, "sample_rate", 0), "INVALID_ARGUMENT", "attest", "claims sample_rate 0",
+    ),
 }  # fmt: skip
 
 

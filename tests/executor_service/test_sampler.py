@@ -1,16 +1,33 @@
-"""Sampling against transformers' warpers, against the exact distribution, and for reproducibility."""
+"""The sampler as a whole: against transformers, against the exact distribution, and for reproducibility."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from executor_service.engine.logits import Filters, filtered_probabilities
 from executor_service.engine.messages import SamplingParams
-from executor_service.engine.sampler import _philox, filtered_probabilities, sample, uniform_numbers
+from executor_service.engine.random_numbers import philox, uniform_numbers
+from executor_service.engine.request import Request
+from executor_service.engine.sampler import SampledTokens, Sampler
 
 VOCABULARY = 50
+EOS = 2
+CPU = torch.device("cpu")
 
 
 def logits(rows: int, seed: int = 0) -> torch.Tensor:
@@ -18,63 +35,26 @@ def logits(rows: int, seed: int = 0) -> torch.Tensor:
 
 
 def params(**values) -> SamplingParams:
-    return SamplingParams(max_tokens=1, **values)
+    return SamplingParams(max_tokens=1 << 14, **values)
+
+
+def request(number: int, config: SamplingParams, prompt: list[int], output: list[int] | None = None) -> Request:
+    made = Request(number, prompt, [], config, 1 << 15)
+    for token in output or []:
+        made.append(token, frozenset())
+    return made
+
+
+def sample(rows: torch.Tensor, configs: list[SamplingParams], positions: list[int]) -> SampledTokens:
+    """Prompts of as many tokens as the positions say."""
+    requests = [request(n, c, [0] * p) for n, (c, p) in enumerate(zip(configs, positions, strict=True))]
+    return Sampler(CPU).sample(rows, requests)
 
 
 def test_philox_equals_the_published_vectors() -> None:
     """Known answers of Random123 for philox4x32-10."""
     zero = np.zeros(1, dtype=np.uint64)
-    assert [int(word[0]) for word in _philox(zero, zero)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-
-
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [
-    (1.0, 0, 1.0), (0.3, 0, 1.0), (1.5, 5, 1.0), (1.0, 0, 0.7), (0.8, 10, 0.5), (1.0, 1, 1.0), (2.0, 0, 0.01),
-    (1.0, 1000, 0.999),
-])  # fmt: skip
-def test_distribution_equals_transformers(temperature: float, top_k: int, top_p: float) -> None:
-    rows = logits(4)
-    expected = TemperatureLogitsWarper(temperature)(None, rows.double())
-    if top_k:
-        expected = TopKLogitsWarper(top_k)(None, expected)
-    if top_p < 1:
-        expected = TopPLogitsWarper(top_p)(None, expected)
-    got = filtered_probabilities(rows, [params(temperature=temperature, top_k=top_k, top_p=top_p)] * 4)
-    torch.testing.assert_close(got, expected.softmax(-1), atol=1e-12, rtol=1e-9)
-
-
-def test_rows_with_different_parameters_do_not_mix() -> None:
-    rows = logits(3)
-    mixed = [params(temperature=0.5, top_k=3), params(temperature=2.0), params(temperature=1.0, top_p=0.4)]
-    together = filtered_probabilities(rows, mixed)
-    for index, one in enumerate(mixed):
-        torch.testing.assert_close(together[index : index + 1], filtered_probabilities(rows[index : index + 1], [one]))
-
-
-def test_greedy_is_the_argmax() -> None:
-    rows = logits(7)
-    assert sample(rows, [params(temperature=0.0)] * 7, [0] * 7).token_ids == rows.argmax(-1).tolist()
-
-
-def test_samples_follow_the_distribution() -> None:
-    """Chi-square over 20,000 draws at successive positions; the bound is the 99.99 % quantile."""
-    row, draws = logits(1, seed=3), 20_000
-    config = params(temperature=1.3, top_k=12, top_p=0.95, seed=11)
-    expected = filtered_probabilities(row, [config])[0].numpy() * draws
-    tokens = sample(row.expand(draws, -1), [config] * draws, list(range(draws))).token_ids
-    counts = np.bincount(tokens, minlength=VOCABULARY)
-    kept = expected > 0
-    assert counts[~kept].sum() == 0
-    chi_square = ((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum()
-    freedom = kept.sum() - 1
-    assert chi_square < freedom + 4 * np.sqrt(2 * freedom) + 12
-
-
-def test_seeded_tokens_do_not_depend_on_the_batch() -> None:
-    rows = logits(6)
-    configs = [params(temperature=1.0, seed=seed) for seed in (5, 5, 7, 2**64 - 1, 0, 5)]
-    together = sample(rows, configs, [3, 4, 3, 3, 3, 3]).token_ids
-    alone = [sample(rows[i : i + 1], [configs[i]], [[3, 4, 3, 3, 3, 3][i]]).token_ids[0] for i in range(6)]
-    assert together == alone
+    assert [int(word[0]) for word in philox(zero, zero)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
 def test_uniform_numbers_differ_by_seed_and_position() -> None:
@@ -85,17 +65,148 @@ def test_uniform_numbers_differ_by_seed_and_position() -> None:
     assert abs(numbers.mean() - 0.5) < 0.01
 
 
+def test_greedy_is_the_argmax() -> None:
+    rows = logits(7)
+    assert sample(rows, [params(temperature=0.0)] * 7, [1] * 7).token_ids == rows.argmax(-1).tolist()
+
+
+# --- everything at once -----------------------------------------------------------------------------
+
+PROMPT, OUTPUT = [1, 7, 7, 9, 30, 31], [5, 9, 5, 12, 40]
+ALL = {
+    "repetition_penalty": 1.7,
+    "presence_penalty": 0.4,
+    "frequency_penalty": 0.3,
+    "logit_bias": ((3, 2.5), (9, 4.0), (44, -30.0)),
+    "min_tokens": 8,
+    "stop_token_ids": frozenset({17}),
+    "bad_words": ((22,), (12, 40, 23), (40, 24), (39, 25)),
+}
+
+
+def reference(row: torch.Tensor) -> torch.Tensor:
+    """One row as transformers' processors make it, [1, vocabulary]; presence and frequency, which it lacks, by hand."""
+    scores = row.double()[None]
+    tokens, output = torch.tensor([PROMPT + OUTPUT]), torch.tensor([OUTPUT])
+    scores = SequenceBiasLogitsProcessor([[[token], value] for token, value in ALL["logit_bias"]])(tokens, scores)
+    scores = RepetitionPenaltyLogitsProcessor(ALL["repetition_penalty"])(tokens, scores)
+    for token in OUTPUT:
+        scores[0, token] -= ALL["frequency_penalty"]
+    for token in set(OUTPUT):
+        scores[0, token] -= ALL["presence_penalty"]
+    scores = NoBadWordsLogitsProcessor([list(word) for word in ALL["bad_words"]])(output, scores)
+    return MinNewTokensLengthLogitsProcessor(len(PROMPT), ALL["min_tokens"], [EOS, 17])(tokens, scores)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_all_constraints_equal_transformers(seed: int) -> None:
+    rows = logits(4, seed)
+    batch = [
+        request(0, params(temperature=0.0), PROMPT, OUTPUT),
+        request(1, params(temperature=0.0, **ALL), PROMPT, OUTPUT),
+        request(2, params(temperature=1.0), [1]),
+        request(3, params(temperature=0.0, **ALL), PROMPT, OUTPUT),
+    ]
+    sampler = Sampler(CPU, frozenset({EOS}))
+    adjusted = sampler._adjust(rows, [batch[1], batch[3]], [1, 3])
+    for place, row in enumerate((1, 3)):
+        torch.testing.assert_close(adjusted[place : place + 1], reference(rows[row]), atol=1e-6, rtol=1e-6)
+    tokens = sampler.sample(rows, batch).token_ids
+    assert tokens[0] == rows[0].argmax()
+    assert [tokens[1], tokens[3]] == [int(reference(rows[row]).argmax()) for row in (1, 3)]
+
+
+def test_samples_follow_the_distribution() -> None:
+    """Chi-square of 20,000 draws with every constraint and filter against transformers; the 99.99 % quantile."""
+    row, draws = logits(1, seed=3), 20_000
+    filters = {"temperature": 1.6, "min_p": 0.02, "top_k": 20, "top_p": 0.97}
+    warpers = LogitsProcessorList([
+        TemperatureLogitsWarper(1.6), MinPLogitsWarper(0.02), TopKLogitsWarper(20), TopPLogitsWarper(0.97)
+    ])  # fmt: skip
+    expected = warpers(None, reference(row[0])).softmax(-1)[0].numpy() * draws
+    sampler = Sampler(CPU, frozenset({EOS}))
+    counts = np.zeros(VOCABULARY)
+    for first in range(0, draws, 1000):
+        batch = [request(n, params(seed=first + n, **filters, **ALL), PROMPT, OUTPUT) for n in range(1000)]
+        counts += np.bincount(sampler.sample(row.expand(1000, -1), batch).token_ids, minlength=VOCABULARY)
+        for one in batch:
+            sampler.release(one.request_id)
+    check_chi_square(counts, expected)
+
+
+def test_successive_positions_follow_the_distribution() -> None:
+    row, draws = logits(1, seed=5), 10_000
+    config = params(temperature=1.3, top_k=12, top_p=0.95, seed=11)
+    expected = filtered_probabilities(row, Filters.of([config], CPU))[0].numpy() * draws
+    tokens = sample(row.expand(draws, -1), [config] * draws, [position % 16_000 + 1 for position in range(draws)])
+    check_chi_square(np.bincount(tokens.token_ids, minlength=VOCABULARY), expected)
+
+
+def check_chi_square(counts: np.ndarray, expected: np.ndarray) -> None:
+    kept = expected > 0
+    assert kept.sum() > 5
+    assert counts[~kept].sum() == 0
+    chi_square = ((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum()
+    freedom = kept.sum() - 1
+    assert chi_square < freedom + 4 * np.sqrt(2 * freedom) + 12
+
+
+# --- batches ----------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_tokens_do_not_depend_on_the_batch(data: st.DataObject) -> None:
+    """Rows with all kinds of parameters: in any order and any company, each gets the token it gets alone."""
+    kinds = [
+        {}, {"temperature": 0.0}, {"top_p": 0.8}, {"min_p": 0.2, "top_k": 7}, ALL, {"temperature": 0.0, **ALL},
+        {"repetition_penalty": 0.5}, {"logit_bias": ((4, 3.0),)}, {"bad_words": ((12, 40, 8), (3,))},
+    ]  # fmt: skip
+    configs = [params(seed=data.draw(st.integers(0, 2**64 - 1)), **kind) for kind in kinds]
+    rows = logits(len(configs), data.draw(st.integers(0, 1000)))
+    batch = [request(number, config, PROMPT[: 1 + number % 6], OUTPUT) for number, config in enumerate(configs)]
+    alone = [Sampler(CPU).sample(rows[n : n + 1], [one]).token_ids[0] for n, one in enumerate(batch)]
+    order = data.draw(st.permutations(range(len(batch))))[: data.draw(st.integers(1, len(batch)))]
+    together = Sampler(CPU).sample(rows[order], [batch[n] for n in order]).token_ids
+    assert together == [alone[n] for n in order]
+
+
+def test_plain_rows_are_not_looked_at(monkeypatch) -> None:
+    """Requests without constraints pay for none, not even where neighbours have them."""
+    sampler = Sampler(CPU)
+    seen = []
+    adjust = sampler._adjust
+    monkeypatch.setattr(sampler, "_adjust", lambda rows, requests, places: seen.append(places) or adjust(
+        rows, requests, places))  # fmt: skip
+    plain = [request(n, params(temperature=float(n % 2), top_p=0.9), PROMPT, OUTPUT) for n in range(4)]
+    sampler.sample(logits(4), plain)
+    neutral = request(4, params(repetition_penalty=1.0, presence_penalty=0.0, min_tokens=5), PROMPT, OUTPUT)
+    sampler.sample(logits(5), [*plain, neutral])
+    assert seen == []
+    sampler.sample(logits(6), [*plain, neutral, request(5, params(frequency_penalty=0.1), PROMPT)])
+    assert seen == [[5]]
+
+
+# --- log probabilities --------------------------------------------------------------------------------
+
+
 def test_logprobs_are_of_the_models_own_distribution() -> None:
-    rows = logits(2)
-    result = sample(rows, [params(temperature=0.0, logprobs=3), params(temperature=0.0)], [0, 0])
-    entry = result.logprobs[0]
-    expected = rows[0].double().log_softmax(-1)
+    """Before temperature, filters, penalties, biases and bans."""
+    rows = logits(3)
+    configs = [params(temperature=0.0, logprobs=3), params(), params(temperature=2.0, top_k=2, logprobs=5, **ALL)]
+    batch = [request(n, config, PROMPT, OUTPUT) for n, config in enumerate(configs)]
+    result = Sampler(CPU).sample(rows, batch)
     assert result.logprobs[1] is None
-    assert entry.logprob == pytest.approx(float(expected[entry.token_id]))
-    assert [token for token, _ in entry.top] == expected.topk(3).indices.tolist()
+    for row, count in ((0, 3), (2, 5)):
+        entry, expected = result.logprobs[row], rows[row].double().log_softmax(-1)
+        assert entry.token_id == result.token_ids[row]
+        assert entry.logprob == pytest.approx(float(expected[entry.token_id]), abs=1e-12)
+        assert [token for token, _ in entry.top] == expected.topk(count).indices.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(expected.topk(count).values.tolist(), abs=1e-12)
 
 
 def test_logprobs_zero_gives_the_chosen_token_alone() -> None:
-    entry = sample(logits(1), [params(temperature=0.0, logprobs=0)], [0]).logprobs[0]
+    entry = sample(logits(1), [params(temperature=0.0, logprobs=0)], [1]).logprobs[0]
     assert entry is not None
     assert entry.top == ()

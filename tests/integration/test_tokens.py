@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 
-from diptych.v1 import preprocess_pb2
+from diptych.v1 import executor_pb2, preprocess_pb2
 from tests.integration.conftest import picture_bytes, prompt_request
 from tests.services import stack
 
@@ -93,6 +93,9 @@ def test_preemption_and_both_kinds_of_streams(checkpoint, reference, streams: st
         for (text, pictures, _), (tokens, _, _) in zip(cases, answers, strict=True):
             assert tokens == reference.generate(text, pictures, 40)
         services.check_idle()
+        load = services.executor_stub.WatchLoad(executor_pb2.WatchLoadRequest())
+        assert next(load).num_preemptions > 0
+        load.cancel()
 
 
 def test_seeded_sampling_does_not_depend_on_the_others(served) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from PIL import Image
 
 from diptych.client import AsyncClient
 from diptych.service.lifecycle import running
@@ -38,13 +39,21 @@ async def executor(checkpoint: Checkpoint) -> AsyncIterator[StandInExecutor]:
     await one.stop()
 
 
+@pytest.fixture(scope="module")
+def small_pixel_limit() -> Iterator[None]:
+    """Mutated files may ask for gigapixels; let Pillow, as the reference, refuse those instead of allocating them."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 1 << 20
+    yield
+    Image.MAX_IMAGE_PIXELS = limit
+
+
 @pytest.fixture(autouse=True)
 def defaults(request: pytest.FixtureRequest) -> None:
     """The stand-in as it was made, whatever the last test did with it."""
     if "executor" in request.fixturenames:
         one: StandInExecutor = request.getfixturevalue("executor")
         fresh = StandInExecutor(one.fingerprint)
-        for name in ("script", "refusal", "finish_reason", "window", "delay", "accepting"):
+        for name in ("script", "refusal", "finish_reason", "window", "delay", "accepting", "num_running"):
             setattr(one, name, getattr(fresh, name))
         one.requests.clear()
         one.order.clear()

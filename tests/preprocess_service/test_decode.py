@@ -6,7 +6,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 from transformers.image_utils import load_image
 
 from diptych.service.errors import InvalidInputError
@@ -82,6 +82,18 @@ def test_cut_off_files(image_format: str) -> None:
 def test_another_size_than_promised_is_not_decoded() -> None:
     with pytest.raises(InvalidInputError, match="its header says"):
         decode_image(planned(encoded(picture(10, 20)), 10, 21), 0)
+
+
+def test_no_pixel_of_another_size_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file whose header the walk and Pillow read differently may be of any size: it is refused before its pixels."""
+    loaded, load = [], ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: loaded.append(self.size) or load(self))
+    decode_image(planned(encoded(picture(10, 20))), 0)
+    assert set(loaded) == {(20, 10)}
+    loaded.clear()
+    with pytest.raises(InvalidInputError, match="its header says"):
+        decode_image(planned(encoded(picture(10, 20)), 10, 21), 0)
+    assert not loaded
 
 
 def test_sides_swapped_are_not_the_same_size() -> None:

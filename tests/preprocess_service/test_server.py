@@ -12,7 +12,6 @@ import pytest
 from google.rpc import code_pb2, status_pb2
 
 from diptych.client import AsyncClient, Chat, Media, Message, Prompt, RequestError
-from diptych.service.errors import IncompatibleError
 from diptych.service.lifecycle import running
 from diptych.v1 import preprocess_pb2
 from diptych.v1.preprocess_pb2_grpc import PreprocessServiceStub
@@ -20,7 +19,6 @@ from preprocess_service.planning import Checkpoint
 from preprocess_service.server import SERVICE_NAME, PreprocessServer
 from preprocess_service.settings import PreprocessSettings
 from registry import MediaInfo, MediaItem
-from registry.fingerprint import Fingerprint
 from tests.stand_in_executor import StandInExecutor, eventually
 from tests.tiny_checkpoint import data_url, encoded, picture
 
@@ -188,13 +186,19 @@ async def test_what_the_executor_refuses_is_passed_on(client: AsyncClient, execu
         (Prompt("x"), {"n": 0}, "INVALID_ARGUMENT", "admit", "n is 0"),
         (Prompt("x"), {"n": 2}, "UNIMPLEMENTED", "admit", "n is 2"),
         (Prompt("x"), {"priority": 0}, "UNIMPLEMENTED", "admit", "priority"),
-        (Prompt("x"), {"min_p": 0.1}, "UNIMPLEMENTED", "admit", "min_p"),
-        (Prompt("x"), {"prompt_logprobs": 1}, "UNIMPLEMENTED", "admit", "prompt_logprobs"),
-        (Prompt("x"), {"repetition_penalty": 1.0}, "UNIMPLEMENTED", "admit", "repetition_penalty"),
-        (Prompt("x"), {"presence_penalty": 0.0}, "UNIMPLEMENTED", "admit", "presence_penalty"),
-        (Prompt("x"), {"frequency_penalty": 0.0}, "UNIMPLEMENTED", "admit", "frequency_penalty"),
-        (Prompt("x"), {"logit_bias": {1: 2.0}}, "UNIMPLEMENTED", "admit", "logit_bias"),
-        (Prompt("x"), {"min_tokens": 1}, "UNIMPLEMENTED", "admit", "min_tokens"),
+        (Prompt("x"), {"min_p": 1.1}, "INVALID_ARGUMENT", "admit", "min_p is 1.1; it must be at least 0"),
+        (Prompt("x"), {"prompt_logprobs": 21}, "INVALID_ARGUMENT", "admit", "prompt_logprobs is 21"),
+        (Prompt("x"), {"repetition_penalty": 0.0}, "INVALID_ARGUMENT", "admit", "repetition_penalty is 0"),
+        (Prompt("x"), {"presence_penalty": 2.5}, "INVALID_ARGUMENT", "admit", "presence_penalty is 2.5"),
+        (Prompt("x"), {"frequency_penalty": -2.5}, "INVALID_ARGUMENT", "admit", "frequency_penalty is -2.5"),
+        (Prompt("x"), {"logit_bias": {1: 200.0}}, "INVALID_ARGUMENT", "admit", "logit_bias of token 1 is 200"),
+        (Prompt("x"), {"logit_bias": {600: 1.0}}, "INVALID_ARGUMENT", "admit", "ids are below 600"),
+        (Prompt("x"), {"min_tokens": 3, "max_tokens": 2}, "INVALID_ARGUMENT", "admit", "min_tokens is 3"),
+        (Prompt("x"), {"bad_words": [""]}, "INVALID_ARGUMENT", "admit", "a bad word is empty"),
+        (Prompt("x"), {"bad_words": ["a" * 129]}, "INVALID_ARGUMENT", "admit", "129 characters; at most 128"),
+        (Prompt("x"), {"bad_words": ["a"] * 129}, "INVALID_ARGUMENT", "admit", "129 words; at most 128"),
+        (Prompt("x"), {"bad_words": [[]]}, "INVALID_ARGUMENT", "admit", "0 ids"),
+        (Prompt("x"), {"bad_words": [[7]] * 255 + ["ab"]}, "INVALID_ARGUMENT", "admit", "257 token sequences"),
         (Prompt(""), {}, "INVALID_ARGUMENT", "admit", "the prompt is empty"),
         (Chat([]), {}, "INVALID_ARGUMENT", "admit", "no messages"),
         (Prompt("<image> <image>", [IMAGE]), {}, "INVALID_ARGUMENT", "plan", "2 media placeholders and the"),
@@ -313,46 +317,6 @@ async def test_list_models(client: AsyncClient, checkpoint: Checkpoint) -> None:
 async def test_health(client: AsyncClient) -> None:
     assert await client.health() == "SERVING"
     assert await client.health(SERVICE_NAME) == "SERVING"
-
-
-async def test_an_incompatible_executor_ends_the_boot(checkpoint_dir: Path, checkpoint: Checkpoint) -> None:
-    parts = {**checkpoint.fingerprint.parts, "item layout": b"other"}
-    other = StandInExecutor(Fingerprint(b"x" * 32, parts, checkpoint.fingerprint.probes))
-    await other.start()
-    settings = PreprocessSettings(model=checkpoint_dir, port=0, executor=other.address)
-    with pytest.raises(IncompatibleError, match="disagree with this service on: item layout"):
-        async with running(PreprocessServer(settings)):
-            pass
-    await other.stop()
-
-
-async def test_executors_come_and_go(checkpoint_dir: Path, checkpoint: Checkpoint) -> None:
-    first = StandInExecutor(checkpoint.fingerprint)
-    await first.start()
-    port = int(first.address.rsplit(":", 1)[1])
-    settings = PreprocessSettings(model=checkpoint_dir, port=0, executor=f"127.0.0.1:1,{first.address}")
-    async with running(PreprocessServer(settings)) as server, AsyncClient(server.address) as client:
-        first.delay = 0.05
-        stream = client.stream(Prompt("words and more words and more"))
-        await anext(stream)
-        await first.stop()
-        with pytest.raises(RequestError) as caught:
-            async for _ in stream:
-                pass
-        assert (caught.value.code, caught.value.details["stage"]) == ("UNAVAILABLE", "executor")
-        error = await failure(client, Prompt("x"))
-        assert (error.code, error.details["retryable"]) == ("UNAVAILABLE", "true")
-        assert await client.health() == "SERVING"
-        assert await client.health(SERVICE_NAME) == "NOT_SERVING"
-        assert (await client.plan(Prompt("still plans"))).prompt_token_ids
-        second = StandInExecutor(checkpoint.fingerprint)
-        await second.start(port)
-        for _ in range(500):
-            if await client.health(SERVICE_NAME) == "SERVING":
-                break
-            await asyncio.sleep(0.02)
-        assert (await client.generate(Prompt("again"), max_tokens=1)).final is not None
-        await second.stop()
 
 
 async def test_draining_lets_running_requests_end(checkpoint_dir: Path, checkpoint: Checkpoint) -> None:

@@ -130,6 +130,28 @@ def test_stop_strings_never_leak(pieces: list[str], stops: list[str]) -> None:
     assert (given_out, stopper.matched) == (expected, matched)
 
 
+@given(st.lists(st.tuples(st.text("abc", max_size=4), st.booleans())), st.lists(st.text("abc", min_size=1, max_size=4)))
+def test_skipped_text_completes_no_stop_string(pieces: list[tuple[str, bool]], stops: list[str]) -> None:
+    """Only a stop string whose last character is in fed text counts, wherever it began."""
+    text = "".join(piece for piece, _ in pieces)
+    counts = [is_fed for piece, is_fed in pieces for _ in piece]
+    expected, found = text, None
+    for end in range(1, len(text) + 1):
+        if counts[end - 1] and (ending := [stop for stop in stops if text[:end].endswith(stop)]):
+            found = max(ending, key=len)
+            expected = text[: end - len(found)]
+            break
+    stopper = StopStrings(stops)
+    given_out = ""
+    for piece, is_fed in pieces:
+        given_out += stopper.feed(piece) if is_fed else stopper.skip(piece)
+        if stopper.matched:
+            break
+    else:
+        given_out += stopper.finish()
+    assert (given_out, stopper.matched) == (expected, found)
+
+
 def test_text_is_held_back_only_while_it_may_be_a_stop_string() -> None:
     stopper = StopStrings(["</s>", "STOP"])
     assert stopper.feed("a</") == "a"

@@ -1,0 +1,61 @@
+"""What a request's parameters say of single tokens: biases, and which tokens may not come next.
+
+Small lists, prepared once per request on the host; their arithmetic is in `logits.py`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from executor_service.engine.messages import SamplingParams
+
+
+class TokenConstraints:
+    """`bias_token_ids` int64 [N] and `bias_values` float64 [N], and the bans of a request."""
+
+    def __init__(self, sampling: SamplingParams) -> None:
+        pairs = sampling.logit_bias
+        self.bias_token_ids = np.array([token_id for token_id, _ in pairs], dtype=np.int64)
+        self.bias_values = np.array([value for _, value in pairs], dtype=np.float64)
+        self._bad_words = BadWords(sampling.bad_words)
+        self._min_tokens = sampling.min_tokens
+        self._stop_token_ids = np.array(sorted(sampling.stop_token_ids), dtype=np.int64)
+
+    def banned(self, output_token_ids: np.ndarray, eos_token_ids: np.ndarray) -> np.ndarray:
+        """Ids that may not follow the output so far: int64 [N], with repetitions.
+
+        Before `min_tokens` output tokens those are also the stop tokens and end-of-text, whether or not the latter
+        would end the answer.
+        """
+        bans = self._bad_words.completing(output_token_ids)
+        if len(output_token_ids) < self._min_tokens:
+            bans += [self._stop_token_ids, eos_token_ids]
+        return np.concatenate([np.empty(0, dtype=np.int64), *bans])
+
+
+class BadWords:
+    """Token sequences that may not appear, by the length of what comes before their last token."""
+
+    def __init__(self, sequences: Iterable[Sequence[int]]) -> None:
+        by_length: dict[int, list[Sequence[int]]] = defaultdict(list)
+        for sequence in sequences:
+            by_length[len(sequence) - 1].append(sequence)
+        self._groups = [
+            (length, np.array([sequence[:-1] for sequence in group], dtype=np.int64), _last(group))
+            for length, group in by_length.items()
+        ]
+
+    def completing(self, token_ids: np.ndarray) -> list[np.ndarray]:
+        """Ids that, put behind `token_ids`, would complete a sequence: some int64 [n]."""
+        return [
+            lasts[(prefixes == token_ids[len(token_ids) - length :]).all(axis=-1)]
+            for length, prefixes, lasts in self._groups
+            if length <= len(token_ids)
+        ]
+
+
+def _last(sequences: Sequence[Sequence[int]]) -> np.ndarray:
+    return np.array([sequence[-1] for sequence in sequences], dtype=np.int64)

@@ -1,0 +1,195 @@
+"""Items of admitted requests on their way in: what is here already, what is missed, credit, chunks, patience."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from diptych.service.errors import DeadlineError, DiptychError
+from diptych.v1 import executor_pb2
+from diptych.wire.framing import ItemChunk
+from executor_service.engine.messages import ItemSlots
+from executor_service.front.arena import Arena
+from executor_service.front.assembly import ItemAssembly, content_digest, refusal
+from executor_service.front.credit import CreditOffice, RequestCredit
+from executor_service.front.item_store import Claim, ItemHold, ItemStore
+from executor_service.front.request import FrontRequest
+
+
+@dataclass
+class ReceptionCounters:
+    """Since the boot: items and bytes that arrived, and items that were here already."""
+
+    num_received_items: int = 0
+    num_received_bytes: int = 0
+    num_held_items: int = 0
+
+
+class Reception:
+    """`on_complete` is called once per request when all its items are there, `on_failed` when its sender stalls."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        patience: float,
+        on_complete: Callable[[FrontRequest], None],
+        on_failed: Callable[[FrontRequest, DiptychError], None],
+    ) -> None:
+        self.store = ItemStore(arena)
+        self.office = CreditOffice()
+        self.counters = ReceptionCounters()
+        self._patience = patience
+        self._on_complete = on_complete
+        self._on_failed = on_failed
+
+    def begin(self, request: FrontRequest) -> None:
+        """Ask for what is missing, as soon as there is room for it."""
+        holds = [
+            ItemHold(
+                request.outlet.sender,
+                item.media_digest,
+                item.tensors,
+                item.region_bytes,
+                on_stored=partial(self._on_stored, request),
+                on_left_alone=partial(self._on_left_alone, request, index),
+            )
+            for index, item in enumerate(request.admitted.items)
+        ]
+        request.claim = Claim(holds, partial(self._on_placed, request))
+        request.credit = RequestCredit(request.outlet.window, partial(self._on_grant, request))
+        self.store.place(request.claim)
+
+    def receive(self, request: FrontRequest, chunk: ItemChunk) -> None:
+        """Take a chunk; InvalidInputError if it is not one that was asked for."""
+        assembly = self._assembly(request, chunk)
+        assembly.check(chunk)
+        credit, size = request.credit, len(chunk.data)
+        assert credit is not None
+        if size > credit.num_outstanding:
+            raise _beyond_credit(chunk, credit.num_received + size, credit.num_granted)
+        assembly.write(chunk)
+        request.last_receipt = time.monotonic()
+        self.counters.num_received_bytes += size
+        self.office.receive(credit, size)
+        if assembly.is_complete:
+            self._complete(request, chunk.item_index)
+
+    def end(self, request: FrontRequest) -> None:
+        """Let go of everything."""
+        if request.claim is None or request.credit is None:
+            return
+        if request.receive_timer is not None:
+            request.receive_timer.cancel()
+        self.office.close(request.credit)
+        self.store.withdraw(request.claim)
+
+    def slots(self, request: FrontRequest) -> tuple[ItemSlots, ...]:
+        """What the engine is told of a complete request's items."""
+        return tuple(
+            ItemSlots(
+                item.placeholder.offset,
+                item.placeholder.length,
+                item.info,
+                hold.stored.tensors,
+                content_digest(hold.stored.tensors_digest, item.info.modality, item.layout),
+            )
+            for item, hold in zip(request.admitted.items, _holds(request), strict=True)
+            if hold.stored is not None
+        )
+
+    def check_integrity(self, requests: Iterable[FrontRequest]) -> None:
+        """AssertionError unless arena, items and credit are whole and belong to live requests."""
+        requests = list(requests)
+        self.store.check_integrity(hold for request in requests for hold in _holds(request))
+        outstanding = sum(request.credit.num_outstanding for request in requests if request.credit)
+        if outstanding != self.office.total.num_outstanding:
+            raise AssertionError(
+                f"{self.office.total.num_outstanding} bytes of credit are out, live requests have {outstanding}"
+            )
+
+    # --- what happens -------------------------------------------------------------------------------
+
+    def _on_placed(self, request: FrontRequest) -> None:
+        missing = [index for index, hold in enumerate(_holds(request)) if hold.is_missing]
+        self.counters.num_held_items += sum(hold.stored is not None for hold in _holds(request))
+        request.is_placed = True
+        self._ask_for(request, missing)
+        self._watch(request, self._patience)
+        self._on_stored(request)
+
+    def _on_left_alone(self, request: FrontRequest, index: int) -> None:
+        """The request that was to receive this item has ended: this one asks for it itself."""
+        self._ask_for(request, [index])
+
+    def _on_grant(self, request: FrontRequest, num_bytes: int) -> None:
+        request.last_receipt = time.monotonic()
+        credit = executor_pb2.Credit(handle=request.handle, bytes=num_bytes)
+        request.outlet.put(executor_pb2.ExecuteResponse(credit=credit))
+
+    def _on_stored(self, request: FrontRequest) -> None:
+        if not request.is_at_engine and request.error is None and all(hold.stored for hold in _holds(request)):
+            self._on_complete(request)
+
+    def _ask_for(self, request: FrontRequest, indices: Sequence[int]) -> None:
+        missing = executor_pb2.MissingItems(handle=request.handle, item_indices=indices)
+        request.outlet.put(executor_pb2.ExecuteResponse(missing_items=missing))
+        for index in indices:
+            region = _holds(request)[index].region
+            assert region is not None
+            request.assemblies[index] = ItemAssembly(request.admitted.items[index], self.store.arena.view, region)
+        assert request.credit is not None
+        self.office.want(request.credit, sum(request.assemblies[index].num_bytes for index in indices))
+        for index in indices:
+            if request.assemblies[index].is_complete:
+                self._complete(request, index)
+
+    def _complete(self, request: FrontRequest, index: int) -> None:
+        assembly = request.assemblies.pop(index)
+        self.counters.num_received_items += 1
+        self.store.complete(_holds(request)[index], assembly.tensors_digest(), assembly.slots())
+
+    def _assembly(self, request: FrontRequest, chunk: ItemChunk) -> ItemAssembly:
+        count = len(request.admitted.items)
+        if chunk.item_index >= count:
+            message = f"a chunk is for item {chunk.item_index}; the request has {count} items"
+            raise refusal(chunk, message, count, chunk.item_index)
+        if not request.is_placed:
+            raise _beyond_credit(chunk, len(chunk.data), 0)
+        assembly = request.assemblies.get(chunk.item_index)
+        if assembly is None:
+            message = f"a chunk is for item {chunk.item_index}, of which nothing is missing"
+            raise refusal(chunk, message, 0, len(chunk.data))
+        return assembly
+
+    # --- patience -----------------------------------------------------------------------------------
+
+    def _watch(self, request: FrontRequest, seconds: float) -> None:
+        request.receive_timer = asyncio.get_running_loop().call_later(seconds, self._check_progress, request)
+
+    def _check_progress(self, request: FrontRequest) -> None:
+        """A sender that has credit and sends nothing is not waited for; one without credit waits for us."""
+        if request.is_at_engine or request.error is not None or request.credit is None:
+            return
+        waiting = time.monotonic() - request.last_receipt if request.credit.num_outstanding else 0.0
+        if waiting < self._patience:
+            self._watch(request, self._patience - waiting)
+            return
+        self._on_failed(
+            request,
+            DeadlineError(
+                f"no byte arrived for {self._patience:g} s, {request.credit.num_outstanding} were asked for",
+                stage="receive",
+                limit=self._patience,
+            ),
+        )
+
+
+def _holds(request: FrontRequest) -> Sequence[ItemHold]:
+    return request.claim.holds if request.claim is not None else ()
+
+
+def _beyond_credit(chunk: ItemChunk, sent: int, granted: int) -> DiptychError:
+    return refusal(chunk, f"{sent} bytes sent, credit was given for {granted}", granted, sent)
