@@ -7,6 +7,7 @@ import logging
 from diptych.service.errors import UnavailableError
 from diptych.service.lifecycle import GrpcFrame
 from diptych.service.settings import describe
+from executor_service.front.engine_link import ENGINE_MODULE
 from executor_service.front.front import Front
 from executor_service.servicer import SERVICE_NAME, ExecutorServicer, add_to_server
 from executor_service.settings import ExecutorSettings
@@ -18,10 +19,11 @@ LOG = logging.getLogger("diptych.executor")
 
 
 class ExecutorServer:
-    """A `Service`: see diptych.service.lifecycle."""
+    """A `Service`: see diptych.service.lifecycle. `engine_module` is what runs in the engine process."""
 
-    def __init__(self, settings: ExecutorSettings) -> None:
+    def __init__(self, settings: ExecutorSettings, engine_module: str = ENGINE_MODULE) -> None:
         self.settings = settings
+        self._engine_module = engine_module
         self._frame: GrpcFrame | None = None
         self._front: Front | None = None
         self._address = ""
@@ -48,6 +50,7 @@ class ExecutorServer:
             int(settings.media_memory),
             settings.max_requests,
             settings.receive_timeout,
+            self._engine_module,
         )
         self._frame = GrpcFrame(settings.host, settings.port, SERVICE_NAME)
         add_to_server(ExecutorServicer(self._front, settings.model_name), self._frame.server)
