@@ -1,11 +1,14 @@
-"""Where results go, and what every result says about its origin."""
+"""What all benchmarks share: their flags, where results go, and what every result says about its origin."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,41 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_result(name: str, figures: Any) -> Path:
-    """Write figures with date, machine, versions and commit; returns the file."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"name": name, **_origin(), "figures": figures}, indent=1) + "\n", "utf-8")
+def make_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the flags that every benchmark has."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes; the figures mean nothing")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    return parser
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least, and the middle half's bounds."""
+    quarters = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    return {"median": statistics.median(values), "min": min(values), "lower": quarters[0], "upper": quarters[2]}
+
+
+def write_result(name: str, options: argparse.Namespace, figures: Any, load_before: float) -> Path:
+    """Write figures with date, machine, load, versions, commit and flags; returns the file."""
+    options.output.mkdir(parents=True, exist_ok=True)
+    path: Path = options.output / f"{name}.json"
+    flags = {flag: value if isinstance(value, int | float | bool) else str(value)
+             for flag, value in vars(options).items() if flag != "output"}  # fmt: skip
+    origin = {"name": name, **_origin(), "load_average": {"before": load_before, "after": os.getloadavg()[0]}}
+    path.write_text(json.dumps({**origin, "flags": flags, "figures": rounded(figures)}, indent=1) + "\n", "utf-8")
+    print(f"written to {path}")
     return path
+
+
+def rounded(value: Any) -> Any:
+    """Every float to five significant digits: more is noise."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(part) for part in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _origin() -> dict[str, Any]:
@@ -27,8 +59,8 @@ def _origin() -> dict[str, Any]:
 
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "commit": commit(Path(__file__).parent),
+        "machine": {"processor": _processor(), "cores": os.cpu_count()},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -37,6 +69,18 @@ def _origin() -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+def commit(folder: Path) -> str:
+    """The commit that a folder is checked out at."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    """The processor's name, as the kernel has it where there is one that says."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

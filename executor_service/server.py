@@ -10,6 +10,7 @@ from diptych.service.errors import UnavailableError
 from diptych.service.lifecycle import GrpcFrame
 from diptych.service.settings import describe
 from diptych.service.telemetry import Telemetry
+from executor_service.front.engine_link import ENGINE_MODULE
 from executor_service.front.front import Front
 from executor_service.servicer import SERVICE_NAME, ExecutorServicer, add_to_server
 from executor_service.settings import ExecutorSettings
@@ -23,10 +24,11 @@ UNWATCHED: Final = ("WatchLoad",)
 
 
 class ExecutorServer:
-    """A `Service`: see diptych.service.lifecycle."""
+    """A `Service`: see diptych.service.lifecycle. `engine_module` is what runs in the engine process."""
 
-    def __init__(self, settings: ExecutorSettings) -> None:
+    def __init__(self, settings: ExecutorSettings, engine_module: str = ENGINE_MODULE) -> None:
         self.settings = settings
+        self._engine_module = engine_module
         self._frame: GrpcFrame | None = None
         self._front: Front | None = None
         self._telemetry = Telemetry(settings.telemetry("diptych-executor"))
@@ -60,6 +62,7 @@ class ExecutorServer:
             settings.max_requests,
             settings.receive_timeout,
             self._telemetry,
+            self._engine_module,
         )
         self._frame = GrpcFrame(settings.host, settings.port, SERVICE_NAME, self._telemetry, UNWATCHED, settings.debug)
         add_to_server(ExecutorServicer(self._front, settings.model_name), self._frame.server)

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, LlavaNextForConditionalGeneration
 from transformers.image_utils import load_image
 
+from demo.measuring.index import Question, read_index
 from demo.training.anyres import cut
 from demo.training.chat import messages
-from demo.measuring.index import Question, read_index
 from demo.training.questions import Turn
 
 DEMO = Path(__file__).resolve().parents[1]

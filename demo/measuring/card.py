@@ -17,8 +17,8 @@ from typing import Any
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from demo.training.batches import EVERY_DIGIT
 from demo.measuring.evaluate import COLUMNS, share
+from demo.training.batches import EVERY_DIGIT
 from demo.training.material import ICON_NAMES
 from demo.training.scenes import COLOUR_NAMES
 
@@ -144,7 +144,9 @@ def asked_of_each_type(figures: dict[str, dict[str, list[int]]]) -> int:
     """Return how many questions every type was asked, in every column; ValueError if they were not as many."""
     numbers = {asked for column in figures.values() for name, (_, asked) in column.items() if name != EVERY_DIGIT}
     if len(numbers) != 1 or list(figures) != list(COLUMNS):
-        raise ValueError(f"accuracy.json is not a whole evaluation: it has {list(figures)} with {numbers} questions each")
+        raise ValueError(
+            f"accuracy.json is not a whole evaluation: it has {list(figures)} with {numbers} questions each"
+        )
     return numbers.pop()
 
 

@@ -45,9 +45,7 @@ def write(material: Path, folder: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _entry(
-    request: Request, question_type: str, folder: Path, number: int, rng: np.random.Generator
-) -> dict[str, Any]:
+def _entry(request: Request, question_type: str, folder: Path, number: int, rng: np.random.Generator) -> dict[str, Any]:
     letters = "abcd" if len(request.scenes) > 1 else [""]
     names = [
         _save(scene.picture, folder, f"{number:03d}{letter}", rng)

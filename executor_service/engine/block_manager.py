@@ -52,6 +52,8 @@ class BlockManager:
     def reserve(self, request: Request, num_tokens: int) -> bool:
         """Give the request blocks for its first `num_tokens` tokens; False, changing nothing, if too few are free."""
         missing = self.num_blocks_for(num_tokens) - len(request.block_table)
+        if missing <= 0:
+            return True
         if missing > len(self._free):
             return False
         for _ in range(missing):
@@ -69,7 +71,7 @@ class BlockManager:
                 self._free[block] = None
                 if block not in self._digest_of:
                     self._free.move_to_end(block, last=False)
-        request.block_table.clear()
+        del request.block_table[:]
         request.num_registered_blocks = 0
 
     # --- prefixes -----------------------------------------------------------------------------------
@@ -93,7 +95,7 @@ class BlockManager:
     def register(self, request: Request) -> None:
         """Note the request's blocks that have been computed to their end; what is already registered stays so."""
         full = request.num_computed_tokens // self.block_size
-        if not (self.shares_prefixes and request.is_shareable) or full <= request.num_registered_blocks:
+        if full <= request.num_registered_blocks or not (self.shares_prefixes and request.is_shareable):
             return
         extend_digests(request, self.block_size, full)
         for index in range(request.num_registered_blocks, full):

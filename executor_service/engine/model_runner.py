@@ -157,18 +157,12 @@ class ModelRunner:
         cu_seqlens = np.concatenate(([0], np.cumsum(lengths)))
         starts = np.array([scheduled.request.num_computed_tokens for scheduled in batch])
         places = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1] - starts, lengths)
-        positions = [
-            scheduled.request.positions(start, start + scheduled.num_tokens)
-            for scheduled, start in zip(batch, starts, strict=True)
-        ]
-        token_ids = np.concatenate(
-            [_token_ids(scheduled, start) for scheduled, start in zip(batch, starts, strict=True)]
-        )
+        token_ids = np.concatenate([_token_ids(scheduled) for scheduled in batch])
         metadata = self._metadata(batch, places, cu_seqlens, starts + lengths)
         ids = self._to_device(token_ids)
         embeddings = self._embed(batch, ids, cu_seqlens)
         with forward_context(metadata, self.kv_caches):
-            hidden = self.model(ids, self._to_device(np.concatenate(positions, axis=-1)), embeddings)
+            hidden = self.model(ids, self._to_device(_positions(batch, places)), embeddings)
         return hidden, cu_seqlens[1:]
 
     def _metadata(
@@ -192,7 +186,7 @@ class ModelRunner:
         embeddings: Tensor = self.model.get_input_embeddings()(token_ids)
         for scheduled, begin in zip(batch, cu_seqlens, strict=False):
             start = scheduled.request.num_computed_tokens
-            for item in scheduled.request.items:
+            for item in scheduled.request.items_between(start, start + scheduled.num_tokens):
                 _place_features(embeddings[begin : begin + scheduled.num_tokens], item, start)
         return embeddings
 
@@ -236,11 +230,24 @@ def _check_features(features: Tensor, item: EngineItem, width: int) -> None:
         )
 
 
-def _token_ids(scheduled: ScheduledRequest, start: int) -> np.ndarray:
+def _positions(batch: list[ScheduledRequest], places: np.ndarray) -> np.ndarray:
+    """Positions of the flattened batch, int64 [T] or [axes, T]; `places` [T] is each token's number in its request."""
+    if all(scheduled.request.counts_positions for scheduled in batch):
+        return places
+    starts = [scheduled.request.num_computed_tokens for scheduled in batch]
+    positions = [
+        scheduled.request.positions(start, start + scheduled.num_tokens)
+        for scheduled, start in zip(batch, starts, strict=True)
+    ]
+    return np.concatenate(positions, axis=-1)
+
+
+def _token_ids(scheduled: ScheduledRequest) -> np.ndarray:
     """The chunk's ids; feature tokens become 0, since some lie outside the embedding table."""
+    request, start = scheduled.request, scheduled.request.num_computed_tokens
     end = start + scheduled.num_tokens
-    chunk = scheduled.request.token_ids[start:end]
-    for item in scheduled.request.items:
+    chunk = request.token_ids[start:end]
+    for item in request.items_between(start, end):
         begin, stop = max(item.placeholder.offset, start), min(item.placeholder.end, end)
         if begin < stop:
             mask = item.layout.feature_mask[begin - item.placeholder.offset : stop - item.placeholder.offset]

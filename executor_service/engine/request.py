@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,8 @@ class Request:
     """Tokens, progress and blocks of one request.
 
     Invariant: keys and values of the first `num_computed_tokens` tokens are in the blocks of `block_table`.
+    `items` are in the prompt's order; no token from `items_end` on belongs to one. `is_shareable`: others may
+    share what it computes, since all its items have a content digest.
     `output_token_ids` were given to the client before, by another executor: generation goes on behind them.
     """
 
@@ -71,6 +74,8 @@ class Request:
     ) -> None:
         self.request_id = request_id
         self.items = items
+        self.items_end = items[-1].placeholder.end if items else 0
+        self.is_shareable = all(item.content_digest is not None for item in items)
         self.sampling = sampling
         self.priority = priority
         self.num_prompt_tokens = len(prompt_token_ids)
@@ -82,7 +87,7 @@ class Request:
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
-        self.block_table: list[int] = []
+        self.block_table = array("q")
         self.block_digests: list[bytes] = []
         self.num_registered_blocks = 0
         self._prompt_positions = positions
@@ -98,11 +103,6 @@ class Request:
         self.first_token: float | None = None
         self.encode_began: float | None = None
         self.encode_ended: float | None = None
-
-    @property
-    def is_shareable(self) -> bool:
-        """Whether others may share what it computes: all its items have a content digest."""
-        return all(item.content_digest is not None for item in self.items)
 
     @property
     def shares_prefix(self) -> bool:
@@ -139,6 +139,11 @@ class Request:
         """Whether the request has ended."""
         return self.finish_reason is not None
 
+    @property
+    def counts_positions(self) -> bool:
+        """Whether the position of token n is n."""
+        return self._prompt_positions is None and not self._decode_delta
+
     def positions(self, start: int, end: int) -> np.ndarray:
         """Positions of tokens `start` to `end`: int64 [n], or [axes, n] where the model has several axes.
 
@@ -151,9 +156,11 @@ class Request:
         rest = counted[given.shape[-1] :]
         return np.concatenate([given, np.broadcast_to(rest, (*given.shape[:-1], len(rest)))], axis=-1)
 
-    def items_between(self, start: int, end: int) -> Iterator[EngineItem]:
+    def items_between(self, start: int, end: int) -> Sequence[EngineItem]:
         """Items whose range overlaps tokens `start` to `end`."""
-        return (item for item in self.items if item.placeholder.offset < end and item.placeholder.end > start)
+        if start >= self.items_end:
+            return ()
+        return [item for item in self.items if item.placeholder.offset < end and item.placeholder.end > start]
 
     def append(self, token_id: int, eos_token_ids: frozenset[int]) -> None:
         """Add an output token, and finish if it ends the answer."""
@@ -161,8 +168,9 @@ class Request:
             self.first_token = time.monotonic()
         self.token_ids[self.num_tokens] = token_id
         self.num_tokens += 1
-        is_eos = token_id in eos_token_ids and not self.sampling.ignore_eos
-        if is_eos or token_id in self.sampling.stop_token_ids:
+        sampling = self.sampling
+        is_eos = token_id in eos_token_ids and not sampling.ignore_eos
+        if is_eos or token_id in sampling.stop_token_ids:
             self.finish_reason = FinishReason.STOP
         elif self.num_tokens >= self.max_tokens:
             self.finish_reason = FinishReason.LENGTH

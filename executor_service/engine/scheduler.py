@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from bisect import insort
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from executor_service.engine.block_manager import BlockManager, IntegrityError
 from executor_service.engine.encoder_cache import EncoderCache
@@ -18,8 +19,7 @@ from executor_service.engine.messages import Counters
 from executor_service.engine.request import EngineItem, Request
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """`num_tokens` tokens of a request from its `num_computed_tokens`-th on; `items` are to be encoded first."""
 
     request: Request
@@ -159,8 +159,13 @@ class Scheduler:
 
     def _take(self, request: Request, num_tokens: int, budget: _Budget) -> ScheduledRequest:
         """Spend the chunk, pin the features it needs, and note what is to be encoded for them."""
-        start, items = request.num_computed_tokens, list[EngineItem]()
-        needed = [item for item in request.items_between(start, start + num_tokens) if not item.encoded.num_users]
+        start = request.num_computed_tokens
+        reached = request.items_between(start, start + num_tokens)
+        if not reached:
+            budget.tokens -= num_tokens
+            return ScheduledRequest(request, num_tokens)
+        items = list[EngineItem]()
+        needed = [item for item in reached if not item.encoded.num_users]
         # Those that are there first: making room for the others must not drop them.
         for item in sorted(needed, key=lambda item: self.encoder_cache.find(item) is None):
             if self.encoder_cache.acquire(item):
@@ -203,9 +208,12 @@ class _Budget:
         """How many tokens of the request fit: up to the first item that cannot be encoded in this step."""
         start = request.num_computed_tokens
         num_tokens = min(request.num_pending_tokens, self.tokens)
+        items = request.items_between(start, start + num_tokens)
+        if not items:
+            return num_tokens
         fresh = pinned = 0
         seen: set[bytes] = set()
-        for item in request.items_between(start, start + num_tokens):
+        for item in items:
             if item.encoded.num_users or item.content_digest in seen:
                 continue
             entry = self.cache.find(item)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from typing import Final
 
 from diptych.service.errors import UnavailableError
 from executor_service.engine.messages import (
@@ -26,13 +27,22 @@ from executor_service.engine.messages import (
 )
 from executor_service.front.arena import Arena
 
+ENGINE_MODULE: Final = "executor_service.engine.process"
+"""What runs in the engine process; another module may that speaks the same messages."""
+
 
 class EngineLink:
     """One engine process. Callbacks run in the event loop that called `start`."""
 
-    def __init__(self, on_progress: Callable[[BootProgress], None], on_step: Callable[[StepReport], None]) -> None:
+    def __init__(
+        self,
+        on_progress: Callable[[BootProgress], None],
+        on_step: Callable[[StepReport], None],
+        engine_module: str = ENGINE_MODULE,
+    ) -> None:
         self._on_progress = on_progress
         self._on_step = on_step
+        self._engine_module = engine_module
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._outbox: SimpleQueue[ToEngine | None] = SimpleQueue()
@@ -45,7 +55,7 @@ class EngineLink:
         self._booted, self.died = loop.create_future(), loop.create_future()
         self._connection, theirs = Pipe(duplex=True)
         with theirs:
-            self._process = _spawn(theirs.fileno(), arena)
+            self._process = _spawn(self._engine_module, theirs.fileno(), arena)
         self._connection.send(config)
         threading.Thread(target=self._write, name="engine-writer", daemon=True).start()
         loop.add_reader(self._connection.fileno(), self._read)
@@ -80,12 +90,14 @@ class EngineLink:
                 return  # the reader notices the death and says so
 
     def _read(self) -> None:
-        """Handle what has arrived; a connection at its end means that the engine is gone."""
+        """Handle one message, so that a fast engine leaves the loop time to send what it made.
+
+        The loop calls again while there is more. A connection at its end means that the engine is gone.
+        """
         connection = self._connection
         assert connection is not None
         try:
-            while connection.poll():
-                self._handle(connection.recv())
+            self._handle(connection.recv())
         except (EOFError, OSError):
             self._note_death()
 
@@ -120,11 +132,10 @@ class EngineLink:
             self._connection.close()
 
 
-def _spawn(connection_fd: int, arena: Arena) -> subprocess.Popen[bytes]:
+def _spawn(module: str, connection_fd: int, arena: Arena) -> subprocess.Popen[bytes]:
     """The engine imports what this process can import; its prints go where logs go."""
-    command = [sys.executable, "-m", "executor_service.engine.process"]
     return subprocess.Popen(  # noqa: S603 - our own module
-        [*command, str(connection_fd), str(arena.fd), str(arena.num_bytes)],
+        [sys.executable, "-m", module, str(connection_fd), str(arena.fd), str(arena.num_bytes)],
         pass_fds=(connection_fd, arena.fd),
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr.fileno(),

@@ -34,7 +34,7 @@ from executor_service.engine.messages import (
 from executor_service.front.admission import Admission, AdmittedRequest
 from executor_service.front.arena import Arena
 from executor_service.front.boot_log import BootLog
-from executor_service.front.engine_link import EngineLink
+from executor_service.front.engine_link import ENGINE_MODULE, EngineLink
 from executor_service.front.reception import Reception, ReceptionCounters
 from executor_service.front.reports import FrontReports
 from executor_service.front.request import FrontRequest, Outlet
@@ -59,13 +59,14 @@ class Front:
         max_requests: int,
         receive_timeout: float,
         telemetry: Telemetry,
+        engine_module: str = ENGINE_MODULE,
     ) -> None:
         self.family = family
         self.config = config
         self._max_requests = max_requests
         self._arena = Arena(arena_bytes)
         self._reception = Reception(self._arena, receive_timeout, self._submit, self.end)
-        self._link = EngineLink(BootLog().show, self._on_step)
+        self._link = EngineLink(BootLog().show, self._on_step, engine_module)
         self._requests: dict[int, FrontRequest] = {}
         self._next_number = 0
         self._admission: Admission | None = None

@@ -1,0 +1,91 @@
+"""Host time of an engine step: what is left of it when the model's forward is free.
+
+Requests that all decode, each with a picture in its prompt, at several batch sizes. `scheduling and bookkeeping` is
+schedule, update and report; `prepare inputs` and `sample` are the runner's and the sampler's host work, with every
+tensor operation at its smallest; `send` pickles the report. `--against CHECKOUT` measures another checkout in turn
+with this one, for before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import commit, make_parser, spread, write_result
+
+HERE = Path(__file__).parent
+COUNTS = (1, 16, 64, 256)
+TARGET_MS = 1.0
+TARGET_COUNT = 256
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print and write milliseconds per stage of a step."""
+    parser = make_parser("host", __doc__)
+    parser.add_argument("--steps", type=int, default=300, help="steps of each measurement (default 300)")
+    parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats (default 5)")
+    parser.add_argument("--against", type=Path, help="another checkout to measure in turn with this one")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.steps, options.repeats = 5, 1
+    load_before = os.getloadavg()[0]
+    trees = {"this": HERE.parent, **({"before": options.against} if options.against else {})}
+    figures: dict[str, Any] = {"commits": {arm: commit(tree) for arm, tree in trees.items()}}
+    for count in (1, 2) if options.quick else COUNTS:
+        figures[str(count)] = measure(trees, count, options)
+        show(count, figures[str(count)])
+    if not options.quick:
+        figures["target"] = {"milliseconds": TARGET_MS, "requests": TARGET_COUNT, "met": is_met(figures)}
+    write_result("host", options, figures, load_before)
+    return 0
+
+
+def measure(trees: dict[str, Path], count: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Every arm's milliseconds by stage over all its steps, repeats in turn; and its profile."""
+    steps: dict[str, dict[str, list[float]]] = {arm: defaultdict(list) for arm in trees}
+    profiles: dict[str, Any] = {}
+    for repeat in range(options.repeats):
+        for arm, tree in trees.items():
+            is_last = repeat == options.repeats - 1
+            result = run(tree, count, options.steps, is_last)
+            for stage, seconds in result["steps"].items():
+                steps[arm][stage] += [1000 * value for value in seconds]
+            profiles[arm] = result.get("profile")
+    return {
+        arm: {"milliseconds": {stage: spread(values) for stage, values in steps[arm].items()}, "profile": profiles[arm]}
+        for arm in trees
+    }
+
+
+def run(tree: Path, count: int, num_steps: int, is_profiled: bool) -> dict[str, Any]:
+    """One measurement in a process of its own."""
+    command = [sys.executable, HERE / "host_steps.py", str(count), str(num_steps), str(int(is_profiled))]
+    environment = {**os.environ, "PYTHONPATH": str(tree.resolve())}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def show(count: int, arms: dict[str, Any]) -> None:
+    """A line per stage."""
+    print(f"{count} requests, milliseconds per step: median (least)")
+    for stage in arms["this"]["milliseconds"]:
+        cells = (arms[arm]["milliseconds"][stage] for arm in arms)
+        columns = (f"{arm} {cell['median']:7.3f} ({cell['min']:.3f})" for arm, cell in zip(arms, cells, strict=True))
+        print(f"  {stage:<27} {'   '.join(columns)}", flush=True)
+
+
+def is_met(figures: dict[str, Any]) -> bool:
+    """Whether scheduling and bookkeeping are below the target."""
+    stages = figures[str(TARGET_COUNT)]["this"]["milliseconds"]
+    return bool(stages["scheduling and bookkeeping"]["median"] <= TARGET_MS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
