@@ -111,18 +111,22 @@ class BlockManager:
         """IntegrityError unless every block is free or used as often as counted, and tables cover what was computed."""
         requests = list(requests)
         users = Counter(block for request in requests for block in request.block_table)
-        for block, counted in enumerate(self._num_users):
-            if users[block] != counted or (block in self._free) != (counted == 0):
-                raise IntegrityError(
-                    f"KV block {block} has {users[block]} users, {counted} are counted, "
-                    f"{'free' if block in self._free else 'not free'}"
-                )
-        if users.keys() - set(range(self.num_blocks)) or len(self._free) > self.num_blocks:
-            raise IntegrityError("a KV block is in use that does not exist")
+        counted = {block: count for block, count in enumerate(self._num_users) if count}
+        num_places = len(self._free) + len(counted)
+        if users != counted or num_places != self.num_blocks or not self._free.keys().isdisjoint(counted):
+            raise IntegrityError(self._describe_fault(users))
         if {digest: block for block, digest in self._digest_of.items()} != self._block_of:
             raise IntegrityError("registered prefixes and their blocks disagree")
         for request in requests:
             self._check_table(request)
+
+    def _describe_fault(self, users: Counter[int]) -> str:
+        for block in sorted({*users, *range(self.num_blocks)}):
+            counted = self._num_users[block] if block < self.num_blocks else None
+            if users[block] != counted or (block in self._free) != (counted == 0):
+                place = "free" if block in self._free else "not free"
+                return f"KV block {block} has {users[block]} users, {counted} are counted, and it is {place}"
+        return f"the free list has {len(self._free)} blocks, which is not what is left"
 
     def _check_table(self, request: Request) -> None:
         if len(request.block_table) < self.num_blocks_for(request.num_computed_tokens):

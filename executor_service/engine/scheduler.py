@@ -160,9 +160,9 @@ class Scheduler:
     def _take(self, request: Request, num_tokens: int, budget: _Budget) -> ScheduledRequest:
         """Spend the chunk, pin the features it needs, and note what is to be encoded for them."""
         start, items = request.num_computed_tokens, list[EngineItem]()
-        for item in request.items_between(start, start + num_tokens):
-            if item.encoded.num_users:
-                continue
+        needed = [item for item in request.items_between(start, start + num_tokens) if not item.encoded.num_users]
+        # Those that are there first: making room for the others must not drop them.
+        for item in sorted(needed, key=lambda item: self.encoder_cache.find(item) is None):
             if self.encoder_cache.acquire(item):
                 items.append(item)
                 self.counters.num_encoded_items += 1

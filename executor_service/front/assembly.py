@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
+
+import numpy as np
 
 from diptych.service.errors import InvalidInputError
 from diptych.wire.framing import CHUNK_BYTES, ItemChunk
@@ -12,6 +14,14 @@ from executor_service.engine.messages import TensorSlot
 from executor_service.front.admission import AdmittedItem
 from executor_service.front.arena import Region, aligned
 from registry import ItemLayout, TensorSpec
+
+_EXPONENTS: Final[dict[str, np.unsignedinteger[Any]]] = {
+    "float16": np.uint16(0x7C00),
+    "bfloat16": np.uint16(0x7F80),
+    "float32": np.uint32(0x7F80_0000),
+    "float64": np.uint64(0x7FF0_0000_0000_0000),
+}
+"""Exponent bits of IEEE 754 formats; where all are set, the value is an infinity or no number."""
 
 
 @dataclass
@@ -30,13 +40,13 @@ class _Incoming:
 
 
 class ItemAssembly:
-    """The tensors of one item on their way into `region` of the arena, whose memory is `view`.
+    """The tensors of item `index` on their way into `region` of the arena, whose memory is `view`.
 
     Tensors that came inline with the Start are there at once.
     """
 
-    def __init__(self, item: AdmittedItem, view: memoryview, region: Region) -> None:
-        self._view, self._region = view, region
+    def __init__(self, index: int, item: AdmittedItem, view: memoryview, region: Region) -> None:
+        self._index, self._view, self._region = index, view, region
         self._incoming: list[_Incoming] = []
         place = 0
         for name, spec in item.tensors:
@@ -68,6 +78,20 @@ class ItemAssembly:
     def write(self, chunk: ItemChunk) -> None:
         """Copy a checked chunk to its place."""
         self._write(self._tensor(chunk), chunk.data)
+
+    def check_values(self) -> None:
+        """InvalidInputError if a float tensor has a NaN or an infinity: one would spread through the model's batch."""
+        for tensor in self._incoming:
+            if (mask := _EXPONENTS.get(tensor.spec.dtype)) is None:
+                continue
+            start = self._region.offset + tensor.place
+            words = np.frombuffer(self._view[start : start + tensor.spec.num_bytes], dtype=mask.dtype)
+            if ((words & mask) == mask).any():
+                raise InvalidInputError(
+                    f"item {self._index}: {tensor.name} has values that are not finite",
+                    stage="receive",
+                    item=self._index,
+                )
 
     def slots(self) -> tuple[TensorSlot, ...]:
         """Where the tensors are."""

@@ -161,6 +161,10 @@ class Front:
         except DiptychError as error:
             self.end(request, error)
 
+    def end_of_chunks(self, request: FrontRequest) -> None:
+        """No more chunks come on the request's stream."""
+        self._reception.end_of_chunks(request)
+
     def cancel(self, request: FrontRequest) -> None:
         """The client does not want it any more."""
         self.end(request, RequestCancelledError("the request was cancelled", stage=request.stage))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from diptych.service.errors import DeadlineError, DiptychError
+from diptych.service.errors import DeadlineError, DiptychError, InvalidInputError
 from diptych.v1 import executor_pb2
 from diptych.wire.framing import ItemChunk
 from executor_service.engine.messages import ItemSlots
@@ -117,12 +117,29 @@ class Reception:
         self.counters.num_held_items += sum(hold.stored is not None for hold in _holds(request))
         request.is_placed = True
         self._ask_for(request, missing)
-        self._watch(request, self._patience)
-        self._on_stored(request)
+        if request.error is None:
+            self._watch(request, self._patience)
+            self._on_stored(request)
 
     def _on_left_alone(self, request: FrontRequest, index: int) -> None:
         """The request that was to receive this item has ended: this one asks for it itself."""
         self._ask_for(request, [index])
+
+    def end_of_chunks(self, request: FrontRequest) -> None:
+        """The sender has said its last word: a request that still misses something can never be complete."""
+        if request.is_placed and not request.is_at_engine and not all(hold.stored for hold in _holds(request)):
+            self._fail_unfinished(request)
+
+    def _fail_unfinished(self, request: FrontRequest) -> None:
+        missing = [index for index, hold in enumerate(_holds(request)) if hold.stored is None]
+        self._on_failed(
+            request,
+            InvalidInputError(
+                f"the stream was half-closed before all of items {missing} had arrived",
+                stage="receive",
+                item=missing[0],
+            ),
+        )
 
     def _on_grant(self, request: FrontRequest, num_bytes: int) -> None:
         request.last_receipt = time.monotonic()
@@ -134,20 +151,30 @@ class Reception:
             self._on_complete(request)
 
     def _ask_for(self, request: FrontRequest, indices: Sequence[int]) -> None:
+        if indices and request.outlet.is_half_closed:
+            self._fail_unfinished(request)
+            return
         missing = executor_pb2.MissingItems(handle=request.handle, item_indices=indices)
         request.outlet.put(executor_pb2.ExecuteResponse(missing_items=missing))
         for index in indices:
             region = _holds(request)[index].region
             assert region is not None
-            request.assemblies[index] = ItemAssembly(request.admitted.items[index], self.store.arena.view, region)
+            request.assemblies[index] = ItemAssembly(
+                index, request.admitted.items[index], self.store.arena.view, region
+            )
         assert request.credit is not None
         self.office.want(request.credit, sum(request.assemblies[index].num_bytes for index in indices))
         for index in indices:
-            if request.assemblies[index].is_complete:
+            if request.error is None and request.assemblies[index].is_complete:
                 self._complete(request, index)
 
     def _complete(self, request: FrontRequest, index: int) -> None:
         assembly = request.assemblies.pop(index)
+        try:
+            assembly.check_values()
+        except DiptychError as error:
+            self._on_failed(request, error)
+            return
         self.counters.num_received_items += 1
         self.store.complete(_holds(request)[index], assembly.tensors_digest(), assembly.slots())
 

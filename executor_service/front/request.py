@@ -21,6 +21,7 @@ class Outlet(Protocol):
 
     sender: Sender
     window: Window
+    is_half_closed: bool
 
     def put_token(self, handle: int, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """An output token; sent with the others of this step at the next `flush`."""

@@ -37,7 +37,7 @@ class ExecuteStream:
         self._finals: list[executor_pb2.Final] = []
         self._step = executor_pb2.StepOutputs()
         self._news = asyncio.Event()
-        self._is_half_closed = False
+        self.is_half_closed = False
         self._failure: Exception | None = None
 
     # --- reading ------------------------------------------------------------------------------------
@@ -55,7 +55,9 @@ class ExecuteStream:
 
     def half_close(self) -> None:
         """The sender has nothing more to say; what runs is answered to its end."""
-        self._is_half_closed = True
+        self.is_half_closed = True
+        for request in list(self._live.values()):
+            self._front.end_of_chunks(request)
         self._news.set()
 
     def fail(self, error: Exception) -> None:
@@ -89,7 +91,8 @@ class ExecuteStream:
             return
         self._ended.pop(handle, None)
         request = self._front.open(handle, start, self)
-        self._live[handle] = request
+        if request.error is None:
+            self._live[handle] = request
 
     def _end(self, handle: int, error: DiptychError) -> None:
         """End a request whether it had got as far as the front or not."""
@@ -151,7 +154,7 @@ class ExecuteStream:
                 yield self._outgoing.popleft()
             if self._failure is not None:
                 raise self._failure
-            if self._is_half_closed and not self._live:
+            if self.is_half_closed and not self._live:
                 return
             await self._news.wait()
             self._news.clear()

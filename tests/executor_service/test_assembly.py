@@ -22,7 +22,7 @@ def item(inline: dict[str, bytes] | None = None, dtype: str = "uint8", **sizes: 
 
 def assembly_of(admitted: AdmittedItem) -> tuple[ItemAssembly, memoryview]:
     view = memoryview(bytearray(admitted.region_bytes + 256))
-    return ItemAssembly(admitted, view, Region(256, admitted.region_bytes)), view
+    return ItemAssembly(0, admitted, view, Region(256, admitted.region_bytes)), view
 
 
 def feed(assembly: ItemAssembly, tensor_index: int, data: bytes) -> None:
@@ -106,3 +106,28 @@ def test_the_content_digest_counts_what_follows_from_the_size() -> None:
         content_digest(b"t" * 32, "image", layout(4, image_sizes=sizes.astype(np.int32))),
     ]
     assert len(set(digests)) == len(digests)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(dtype: str, value: float) -> None:
+    array = np.array([1.0, -2.5, np.finfo(dtype).max, np.finfo(dtype).tiny, 0.0], dtype=dtype)
+    good, _ = assembly_of(item(dtype=dtype, a=5))
+    feed(good, 0, array.tobytes())
+    good.check_values()
+    array[3] = value
+    bad, _ = assembly_of(item(dtype=dtype, a=5))
+    feed(bad, 0, array.tobytes())
+    with pytest.raises(InvalidInputError, match="item 0: a has values that are not finite"):
+        bad.check_values()
+
+
+@pytest.mark.parametrize(("bits", "is_finite"), [(0x7F80, False), (0xFF80, False), (0x7FC1, False), (0x7F7F, True)])
+def test_bfloat16_is_looked_at_too(bits: int, is_finite: bool) -> None:
+    assembly, _ = assembly_of(item(dtype="bfloat16", a=2))
+    feed(assembly, 0, np.array([0x3F80, bits], dtype="<u2").tobytes())
+    if is_finite:
+        assembly.check_values()
+    else:
+        with pytest.raises(InvalidInputError, match="not finite"):
+            assembly.check_values()

@@ -126,15 +126,6 @@ def test_bad_sampling_values(served, field: str, value: object) -> None:
     assert {"limit", "actual"} <= set(facts)
 
 
-def test_n_and_priority_are_not_served_yet(served) -> None:
-    for field, value in (("n", 2), ("priority", 1)):
-        request = prompt_request("hi", [])
-        setattr(request, field, value)
-        status, message, _ = failure(lambda request=request: list(served.stub.Generate(request)))
-        assert status == "UNIMPLEMENTED"
-        assert field in message
-
-
 @pytest.mark.parametrize(("text", "count"), [("none", 1), ("<image>", 0), ("<image><image>", 1), ("<image>", 2)])
 def test_placeholders_and_items_disagree(served, text: str, count: int) -> None:
     request = prompt_request(text, [picture_bytes(i) for i in range(count)])

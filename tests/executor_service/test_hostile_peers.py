@@ -1,0 +1,251 @@
+"""Peers that do what no honest sender does, over the wire: each is answered, nobody else notices, nothing leaks.
+
+The rows about a Start's claims and about single chunks are in test_execute.py, those about digests in
+test_execute_items.py, those about Python's own limits in the property tests beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import grpc
+import numpy as np
+import pytest
+
+from diptych.service.lifecycle import CHANNEL_OPTIONS
+from diptych.v1 import executor_pb2
+from executor_service.server import ExecutorServer
+from executor_service.settings import ExecutorSettings
+from registry.fingerprint import fingerprint
+from tests.executor_service.peer import Peer, Planned, Planner
+from tests.services import EXECUTOR_DEFAULTS, service_thread, wait_idle
+
+MAX_REQUESTS = 200
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint) -> Iterator[tuple]:
+    settings = ExecutorSettings(
+        model=checkpoint, port=0, media_memory="1MiB", receive_timeout=2.0, max_requests=MAX_REQUESTS,
+        **EXECUTOR_DEFAULTS,
+    )  # fmt: skip
+    with service_thread(lambda: ExecutorServer(settings)) as (executor, loop):
+        yield executor, loop
+
+
+@pytest.fixture
+def channel(server) -> Iterator[grpc.Channel]:
+    """A fresh connection; after every test everything must be free again."""
+    executor, loop = server
+    with grpc.insecure_channel(executor.address, options=CHANNEL_OPTIONS) as channel:
+        yield channel
+        wait_idle(channel, executor, loop)
+
+
+@pytest.fixture
+def planner(server) -> Planner:
+    family = server[0].front.family
+    return Planner(family, fingerprint(family).digest)
+
+
+@pytest.fixture
+def bystander(channel, planner) -> Iterator[Callable[[], None]]:
+    """A request on another stream, in the middle of its transfer; call it to finish: its answer must be untouched."""
+    planned = planner.plan()
+    with Peer(channel) as peer:
+        expected = peer.run(0, planned).tokens
+
+        def finish() -> None:
+            assert peer.run(1, planned).tokens == expected
+
+        peer.start(2, planner.plan(max_tokens=120))
+        peer.wait_credit(2)
+        peer.send_tensors(2, planned)
+        while not peer.answers[2].tokens:
+            peer.read()
+        yield finish
+        answer = peer.finish(2)
+        assert answer.finals[0].HasField("completion")
+        assert answer.tokens[: len(expected)] == expected
+        assert len(answer.tokens) == 120
+
+
+def test_ten_thousand_starts_without_a_chunk(channel, planner, bystander) -> None:
+    """As many as are allowed wait, the rest is refused at once, and those who wait are not waited for."""
+    start = planner.plan().start
+    with Peer(channel) as peer:
+        for handle in range(10_000):
+            peer.send(executor_pb2.ExecuteRequest(handle=handle, start=start))
+        for handle in range(10_000):
+            peer.finish(handle)
+    codes = [peer.answers[handle].code.name for handle in range(10_000)]
+    assert set(codes) == {"RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+    assert codes[: MAX_REQUESTS - 10] == ["DEADLINE_EXCEEDED"] * (MAX_REQUESTS - 10)
+    assert codes.count("RESOURCE_EXHAUSTED") > 5000
+    refused = codes.index("RESOURCE_EXHAUSTED")
+    assert f"at most {MAX_REQUESTS} are taken" in peer.answers[refused].status.message
+    bystander()
+
+
+def test_chunks_before_credit(channel, planner, server, bystander) -> None:
+    """The arena is full of others' items: who sends all the same has no credit for it."""
+    hogs = [planner.plan(text="<image>" * 4, sizes=((60, 80),) * 4) for _ in range(28)]
+    with Peer(channel) as others, Peer(channel) as peer:
+        for handle, planned in enumerate(hogs):
+            others.start(handle, planned)
+        others.wait_credit(26)
+        planned = planner.plan()
+        peer.start(1, planned)
+        peer.send_tensors(1, planned)
+        answer = peer.finish(1)
+        assert (answer.code.name, answer.facts["stage"]) == ("INVALID_ARGUMENT", "receive")
+        assert "credit was given for 0" in answer.status.message
+        for handle in range(len(hogs)):
+            others.cancel(handle)
+            others.finish(handle)
+    bystander()
+
+
+def test_chunks_after_a_cancel_are_ignored(channel, planner, bystander) -> None:
+    planned = planner.plan()
+    with Peer(channel) as peer:
+        peer.start(1, planned)
+        peer.wait_credit(1)
+        peer.cancel(1)
+        peer.send_tensors(1, planned)
+        peer.cancel(1)
+        answer = peer.finish(1)
+        assert answer.code is grpc.StatusCode.CANCELLED
+        assert peer.run(2, planned).tokens
+        assert len(answer.finals) == 1
+    bystander()
+
+
+def test_a_handle_is_free_again_after_its_final(channel, planner, bystander) -> None:
+    with Peer(channel) as peer:
+        first = peer.run(7, planner.plan())
+        tokens = list(first.tokens)
+        del peer.answers[7]
+        assert peer.run(7, planner.plan()).tokens == tokens
+    bystander()
+
+
+def test_equal_request_ids_are_two_requests(channel, planner, bystander) -> None:
+    with Peer(channel) as peer:
+        plans = [planner.plan(), planner.plan()]
+        for handle, planned in enumerate(plans):
+            peer.start(handle, planned)
+        for handle, planned in enumerate(plans):
+            peer.wait_credit(handle)
+            peer.send_tensors(handle, planned)
+        assert peer.finish(0).tokens == peer.finish(1).tokens
+    bystander()
+
+
+@pytest.mark.parametrize("sent", [0, 100])
+def test_half_closed_before_everything_was_sent(channel, planner, bystander, sent: int) -> None:
+    """Nobody waits for what cannot come any more; what is complete is answered to its end."""
+    whole, part = planner.plan(max_tokens=40), planner.plan()
+    with Peer(channel) as peer:
+        peer.start(1, whole)
+        peer.start(2, part)
+        peer.wait_credit(1)
+        peer.wait_credit(2)
+        peer.send_tensors(1, whole)
+        if sent:
+            peer.send_chunk(2, 0, 0, 0, bytes(sent))
+        peer.half_close()
+        answer = peer.finish(2)
+        assert (answer.code.name, answer.facts["stage"]) == ("INVALID_ARGUMENT", "receive")
+        assert "half-closed before all of items [0]" in answer.status.message
+        assert len(peer.finish(1).tokens) == 40
+        with pytest.raises(StopIteration):
+            next(peer.call)
+    bystander()
+
+
+def test_half_closed_while_waiting_for_room(channel, planner, bystander) -> None:
+    hog = [planner.plan(text="<image>" * 4, sizes=((60, 80),) * 4) for _ in range(28)]
+    with Peer(channel) as others, Peer(channel) as peer:
+        for handle, planned in enumerate(hog):
+            others.start(handle, planned)
+        others.wait_credit(26)
+        peer.start(1, planner.plan())
+        peer.half_close()
+        for handle in range(len(hog)):
+            others.cancel(handle)
+        assert "half-closed" in peer.finish(1).status.message
+    bystander()
+
+
+ZERO_SHAPES = [[0, 56, 56], [3, 56], [3, 56, 56, 1], [], [3, 56, 56, 0]]
+
+
+@pytest.mark.parametrize("shape", ZERO_SHAPES)
+def test_odd_shapes(channel, planner, bystander, shape: list[int]) -> None:
+    planned = planner.plan()
+    planned.start.items[0].tensors[0].shape[:] = shape
+    with Peer(channel) as peer:
+        peer.start(1, planned)
+        answer = peer.finish(1)
+    assert (answer.code.name, answer.facts["stage"], answer.facts["item"]) == ("INVALID_ARGUMENT", "attest", "0")
+    assert "must be [3, 56, 56]" in answer.status.message
+    bystander()
+
+
+@pytest.mark.parametrize("change", ["twice", "one more"])
+def test_tensor_names_must_be_those_of_the_layout(channel, planner, bystander, change: str) -> None:
+    planned = planner.plan()
+    extra = planned.start.items[0].tensors.add()
+    extra.CopyFrom(planned.start.items[0].tensors[0])
+    if change == "one more":
+        extra.name = "mask"
+    with Peer(channel) as peer:
+        peer.start(1, planned)
+        assert "pixel_values are expected" in peer.finish(1).status.message
+    bystander()
+
+
+def test_a_count_that_the_size_does_not_give(channel, planner, bystander) -> None:
+    """One placeholder token too many, with a range that covers it."""
+    planned = planner.plan()
+    place = planned.start.items[0].placeholder
+    planned.start.prompt_token_ids.insert(place.offset, planned.start.prompt_token_ids[place.offset])
+    place.length += 1
+    with Peer(channel) as peer:
+        peer.start(1, planned)
+        answer = peer.finish(1)
+    assert (answer.code.name, answer.facts["limit"], answer.facts["actual"]) == ("INVALID_ARGUMENT", "16", "17")
+    bystander()
+
+
+def test_streams_that_come_and_go(channel, planner, server, bystander) -> None:
+    """200 streams, each dropped at another point."""
+    rng = np.random.default_rng(5)
+    for _ in range(200):
+        planned: Planned = planner.plan(max_tokens=int(rng.integers(1, 200)))
+        with Peer(channel) as peer:
+            stage = rng.integers(0, 5)
+            if stage > 0:
+                peer.start(1, planned)
+            if stage > 1:
+                peer.wait_credit(1)
+            if stage > 2:
+                peer.send_tensors(1, planned)
+            if stage > 3:
+                peer.read()
+    bystander()
+
+
+def test_nothing_but_noise(channel, planner, bystander) -> None:
+    """Bytes that are no message end their stream with INVALID_ARGUMENT."""
+    rng = np.random.default_rng(9)
+    method = channel.stream_stream(
+        "/diptych.v1.ExecutorService/Execute", request_serializer=bytes, response_deserializer=bytes
+    )
+    for size in (1, 2, 7, 100, 5000, 1_000_000):
+        call = method(iter([b"\xff" + rng.bytes(size)]), timeout=20)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    bystander()
