@@ -104,6 +104,9 @@ async def test_the_operator_sets_the_limit(checkpoint_dir: Path, checkpoint: Che
         assert (await client.plan(Prompt("a" * 100))).prompt_token_ids
         for call in (client.plan(Prompt("a" * 101)), client.tokenize("a" * 101)):
             assert (await failure(call)).details["limit"] == "100"
+        # Before anything is done with the items.
+        error = await failure(client.plan(Prompt("a" * 101, [Media(b"no picture")])))
+        assert (error.details["stage"], error.details["limit"]) == ("admit", "100")
         # Within the limit as it is sent, beyond it as the template renders it.
         error = await failure(client.plan(Chat([say("x" * 10, role) for role in ("user", "assistant") * 3])))
         assert int(error.details["actual"]) > 100
