@@ -91,7 +91,7 @@ def describe(name: str, tensor: np.ndarray) -> tensor_pb2.Tensor:
 class Peer:
     """One `Execute` stream."""
 
-    def __init__(self, channel: grpc.Channel) -> None:
+    def __init__(self, channel: grpc.Channel, timeout: float = 60) -> None:
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         method = channel.stream_stream(
             "/diptych.v1.ExecutorService/Execute",
@@ -99,7 +99,7 @@ class Peer:
             response_deserializer=executor_pb2.ExecuteResponse.FromString,
         )
         # A deadline of the whole stream, so that an answer that never comes fails the test instead of hanging it.
-        self.call = method(self._requests(), timeout=60)
+        self.call = method(self._requests(), timeout=timeout)
         self.answers: dict[int, Answer] = {}
 
     def __enter__(self) -> Peer:
