@@ -182,6 +182,17 @@ def test_a_cancelled_request_ends_its_spans(served, collector) -> None:
     assert remote.attributes["gen_ai.usage.output_tokens"] < 400
 
 
+def test_several_answers_are_one_trace(served, collector) -> None:
+    request = prompt_request("<image> in two ways", [picture_bytes(8300)], max_tokens=4)
+    request.n = 2
+    trace_id, _, tokens = traced(served, request)
+    tree = collector.wait_tree(trace_id, is_whole)
+    assert names(tree) == ["plan", "execute", "execute"]
+    assert [len(execute.children) for execute in tree.children[1:]] == [3, 1], "the picture is sent once"
+    assert tree.attributes["gen_ai.usage.output_tokens"] == len(tokens) == 8
+    assert tree.attributes["gen_ai.response.finish_reasons"] == ["length", "length"]
+
+
 def test_other_calls_have_a_span_of_their_own(served, collector) -> None:
     trace_id, caller, metadata = new_trace()
     served.stub.Plan(
