@@ -1,125 +1,164 @@
 """The served model against transformers' `generate` on the same pictures, prompts and lengths.
 
-Served: real files through both services and the generated stub, at several concurrencies. Reference: one
-request after the other, decoding and mapping the same files. Arms alternate; figures are medians.
+Served: picture files through both services and the generated stub, one request at a time and 16 at once. Reference:
+`generate` in this process on the same files, one request after the other, and in static batches of several sizes,
+sorted by length. Every request has a picture of its own and a length of its own. Arms alternate; figures are medians
+over the repeats, ratios are of the medians. Models: the demo model, and a random LLaVA with a 135M-parameter Llama.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
+import itertools
+import os
+import random
 import statistics
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
-import torch
-from PIL import Image
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
-from transformers.image_utils import load_image
 
-from benchmarks.results import write_result
-from demo.run import DEMO, serve
+from benchmarks.models import make_random_llava, pictures
+from benchmarks.processes import SERVE, started
+from benchmarks.reference import Reference, Task
+from benchmarks.results import make_parser, spread, write_result
 from diptych.v1 import preprocess_pb2, preprocess_pb2_grpc, tensor_pb2
 
-PROMPT = "USER: <image>\nWhat digit is this? ASSISTANT:"
-CONCURRENCIES = (1, 4, 16)
+DEMO_MODEL = Path(__file__).parent.parent / "demo" / "model"
+QUESTION = "What does the picture show?"
+CONCURRENCY = 16
+BATCH_SIZES = (4, 8, 16)
+TARGETS = {"one at a time": 1.0, "against one by one": 3.0, "against the best static batch": 1.0}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print and write tokens per second and time to first token."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.served", description=__doc__)
-    parser.add_argument("--model", type=Path, default=DEMO / "model", help="checkpoint directory")
-    parser.add_argument("--requests", type=int, default=32, help="requests per measurement (default 32)")
-    parser.add_argument("--max-tokens", type=int, default=32, help="output tokens of each request (default 32)")
+    """Print and write tokens per second and time to first token of every arm, for both models."""
+    parser = make_parser("served", __doc__)
+    parser.add_argument("--model", type=Path, default=DEMO_MODEL, help="the first checkpoint directory")
+    parser.add_argument("--requests", type=int, default=48, help="requests per measurement (default 48)")
+    parser.add_argument("--one-by-one", type=int, default=8, help="requests of the arms without batches (default 8)")
+    parser.add_argument("--min-tokens", type=int, default=8, help="shortest answer (default 8)")
+    parser.add_argument("--max-tokens", type=int, default=96, help="longest answer (default 96)")
     parser.add_argument("--repeats", type=int, default=3, help="interleaved repeats (default 3)")
+    parser.add_argument("--only", choices=("demo", "random"), help="one of the two models")
     options = parser.parse_args(argv)
-    files = [path.read_bytes() for path in sorted((DEMO / "held_out").glob("*.[pj][np]*g"))][: options.requests]
-    reference = Reference(options.model)
-    arms: dict[str, list[dict[str, float]]] = {}
-    with serve(options.model) as address, grpc.insecure_channel(address) as channel:
-        stub = preprocess_pb2_grpc.PreprocessServiceStub(channel)
-        ask_all(stub, files[:4], options.max_tokens, 4)
-        for _ in tqdm(range(options.repeats), desc="repeats", file=sys.stderr):
-            arms.setdefault("transformers", []).append(reference.run(files, options.max_tokens))
-            for concurrency in CONCURRENCIES:
-                figures = ask_all(stub, files, options.max_tokens, concurrency)
-                arms.setdefault(f"served, {concurrency} at once", []).append(figures)
-    report(arms, options)
+    if options.quick:
+        options.requests, options.one_by_one, options.repeats = 4, 2, 1
+        options.min_tokens, options.max_tokens = 2, 4
+    load_before = os.getloadavg()[0]
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        models = {"demo": lambda: options.model}
+        models["random"] = lambda: make_random_llava(Path(folder) / "random-135m", options.quick)
+        for name, make in models.items():
+            if options.only in (None, name):
+                figures[name] = report(name, measure(make(), options), options)
+    write_result("served", options, figures, load_before)
     return 0
 
 
-def report(arms: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> None:
-    """A table with ratios to the reference, and the JSON file."""
-    medians = {
-        arm: {name: statistics.median(run[name] for run in runs) for name in runs[0]} for arm, runs in arms.items()
-    }
-    base = medians["transformers"]["tokens_per_second"]
-    for arm, figures in medians.items():
-        figures["ratio"] = figures["tokens_per_second"] / base
-        print(f"{arm:<22} {figures['tokens_per_second']:8.1f} tokens/s  {figures['ratio']:5.2f}x", end="")
-        print(f"  first token {1000 * figures['ttft']:7.1f} ms" if "ttft" in figures else "")
-    path = write_result("served", {"workload": {k: str(v) for k, v in vars(options).items()}, "medians": medians})
-    print(f"written to {path}")
+def measure(model: Path, options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Every arm's figures, repeats in turn."""
+    reference = Reference(model)
+    arms: dict[str, list[dict[str, float]]] = {}
+    seeds = itertools.count()
+    with started(SERVE, "--model", str(model), "--executor-port", "0") as service:
+        with grpc.insecure_channel(service.address) as channel:
+            stub = preprocess_pb2_grpc.PreprocessServiceStub(channel)
+            ask_all(stub, make_tasks(stub, 2, options, next(seeds)), 2)
+            reference.generate(make_tasks(stub, 2, options, next(seeds)))
+            for _ in tqdm(range(options.repeats), desc="repeats", file=sys.stderr):
+                few = make_tasks(stub, options.one_by_one, options, next(seeds))
+                many = make_tasks(stub, options.requests, options, next(seeds))
+                for arm, figures in measure_once(stub, reference, few, many):
+                    arms.setdefault(arm, []).append(figures)
+    return arms
+
+
+def measure_once(
+    stub: preprocess_pb2_grpc.PreprocessServiceStub, reference: Reference, few: list[Task], many: list[Task]
+) -> Any:
+    """(arm, figures) of every arm; no picture is ever sent twice."""
+    yield "generate, one by one", rate(few, reference.run(few))
+    yield "served, one at a time", ask_all(stub, few, 1)
+    yield f"served, {CONCURRENCY} at once", ask_all(stub, many, CONCURRENCY)
+    for size in BATCH_SIZES:
+        yield f"generate, batches of {size}", rate(many, reference.run(many, size))
+
+
+def make_tasks(
+    stub: preprocess_pb2_grpc.PreprocessServiceStub, count: int, options: argparse.Namespace, seed: int
+) -> list[Task]:
+    """Tasks with lengths spread evenly between the bounds, in random order."""
+    files = pictures(count, 240, 320, seed)
+    step = (options.max_tokens - options.min_tokens) / max(count - 1, 1)
+    lengths = [options.min_tokens + round(index * step) for index in range(count)]
+    random.Random(seed).shuffle(lengths)
+    ids = stub.Plan(preprocess_pb2.PlanRequest(chat=make_chat(files[0]))).prompt_token_ids
+    return [Task(file, ids, length) for file, length in zip(files, lengths, strict=True)]
+
+
+def make_chat(file: bytes) -> preprocess_pb2.Chat:
+    """A question about a picture."""
+    media = preprocess_pb2.Media(modality=tensor_pb2.MODALITY_IMAGE, data=file)
+    parts = [preprocess_pb2.ChatPart(media=media), preprocess_pb2.ChatPart(text=QUESTION)]
+    return preprocess_pb2.Chat(messages=[preprocess_pb2.ChatMessage(role="user", parts=parts)])
+
+
+def rate(tasks: list[Task], seconds: float) -> dict[str, float]:
+    """Tokens that were asked for, per second."""
+    return {"tokens_per_second": sum(task.max_tokens for task in tasks) / seconds}
 
 
 def ask_all(
-    stub: preprocess_pb2_grpc.PreprocessServiceStub, files: list[bytes], max_tokens: int, concurrency: int
+    stub: preprocess_pb2_grpc.PreprocessServiceStub, tasks: list[Task], concurrency: int
 ) -> dict[str, float]:
     """Tokens per second over all requests, and the median time to the first token in seconds."""
     start = time.perf_counter()
     with ThreadPoolExecutor(concurrency) as pool:
-        first = list(pool.map(lambda file: ask(stub, file, max_tokens), files))
-    seconds = time.perf_counter() - start
-    return {"tokens_per_second": len(files) * max_tokens / seconds, "ttft": statistics.median(first)}
+        first = list(pool.map(lambda task: ask(stub, task), tasks))
+    return {**rate(tasks, time.perf_counter() - start), "ttft": statistics.median(first)}
 
 
-def ask(stub: preprocess_pb2_grpc.PreprocessServiceStub, file: bytes, max_tokens: int) -> float:
+def ask(stub: preprocess_pb2_grpc.PreprocessServiceStub, task: Task) -> float:
     """One request; its time to the first token in seconds."""
-    media = preprocess_pb2.Media(modality=tensor_pb2.MODALITY_IMAGE, data=file)
     request = preprocess_pb2.GenerateRequest(
-        prompt=preprocess_pb2.Prompt(text=PROMPT, media=[media]),
-        sampling=tensor_pb2.SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True),
+        chat=make_chat(task.file),
+        sampling=tensor_pb2.SamplingParams(temperature=0, max_tokens=task.max_tokens, ignore_eos=True),
     )
     start, first, count = time.perf_counter(), None, 0
-    for response in stub.Generate(request, timeout=300):
+    for response in stub.Generate(request, timeout=600):
         if response.token_ids and first is None:
             first = time.perf_counter() - start
         count += len(response.token_ids)
-    assert count == max_tokens
+    assert count == task.max_tokens
     assert first is not None
     return first
 
 
-class Reference:
-    """transformers, one request at a time."""
-
-    def __init__(self, model_dir: Path) -> None:
-        self.model = LlavaForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32).eval()
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
-        self.processor = AutoImageProcessor.from_pretrained(model_dir, backend="pil")
-        config = self.model.config
-        side = config.vision_config.image_size // config.vision_config.patch_size
-        text = PROMPT.replace("<image>", "<image>" * side * side)
-        self.ids = torch.tensor([self.tokenizer(text)["input_ids"]])
-
-    def run(self, files: list[bytes], max_tokens: int) -> dict[str, float]:
-        """Tokens per second."""
-        start = time.perf_counter()
-        for file in files:
-            image = load_image(Image.open(io.BytesIO(file)))
-            pixels = torch.from_numpy(self.processor(images=[image], return_tensors="np")["pixel_values"])
-            with torch.inference_mode():
-                self.model.generate(
-                    input_ids=self.ids, attention_mask=torch.ones_like(self.ids), pixel_values=pixels,
-                    max_new_tokens=max_tokens, min_new_tokens=max_tokens, do_sample=False,
-                    pad_token_id=0, eos_token_id=None,
-                )  # fmt: skip
-        return {"tokens_per_second": len(files) * max_tokens / (time.perf_counter() - start)}
+def report(name: str, arms: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> dict[str, Any]:
+    """A line per arm, the ratios, and what goes into the JSON file."""
+    figures: dict[str, Any] = {arm: {key: spread([run[key] for run in runs]) for key in runs[0]} for arm, runs in arms.items()}
+    rates = {arm: values["tokens_per_second"]["median"] for arm, values in figures.items()}
+    for arm, values in figures.items():
+        print(f"{name}: {arm:<24} {rates[arm]:8.1f} tokens/s", end="")
+        print(f"  first token {1000 * values['ttft']['median']:7.1f} ms" if "ttft" in values else "")
+    best = max((arm for arm in rates if "batches" in arm), key=rates.__getitem__)
+    batched, one_by_one = rates[f"served, {CONCURRENCY} at once"], rates["generate, one by one"]
+    ratios = {
+        "one at a time": rates["served, one at a time"] / one_by_one,
+        "against one by one": batched / one_by_one,
+        "against the best static batch": batched / rates[best],
+    }
+    for what, ratio in ratios.items():
+        print(f"{name}: {what:<30} {ratio:5.2f}x of at least {TARGETS[what]:g}x")
+    met = {} if options.quick else {what: ratio >= TARGETS[what] for what, ratio in ratios.items()}
+    return {"arms": figures, "best_static_batch": best, "ratios": ratios, "targets": TARGETS, "met": met}
 
 
 if __name__ == "__main__":

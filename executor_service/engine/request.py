@@ -55,8 +55,7 @@ class Request:
     """Tokens, progress and blocks of one request.
 
     Invariant: keys and values of the first `num_computed_tokens` tokens are in the blocks of `block_table`.
-    `items` are in the prompt's order; no token from `items_end` on belongs to one. `is_shareable`: others may
-    share what it computes, since all its items have a content digest.
+    `items` are in the prompt's order; no token from `items_end` on belongs to one.
     `output_token_ids` were given to the client before, by another executor: generation goes on behind them.
     """
 
@@ -103,6 +102,11 @@ class Request:
         self.first_token: float | None = None
         self.encode_began: float | None = None
         self.encode_ended: float | None = None
+
+    @property
+    def is_shareable(self) -> bool:
+        """Whether others may share what it computes: all its items have a content digest."""
+        return all(item.content_digest is not None for item in self.items)
 
     @property
     def shares_prefix(self) -> bool:

@@ -1,0 +1,187 @@
+"""What it costs to be two services: time to the first token against the engine called directly, one picture.
+
+Pairs in turn, each arm with a picture of its own that was never seen before: once through both services and the
+generated stub, once in this process, which reads the checkpoint, plans, decodes and maps with the same functions and
+calls `Engine.step` itself. So only gRPC, the front, its digests and the pipe differ. One output token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import torch
+from tqdm import tqdm
+
+from benchmarks.models import pictures
+from benchmarks.processes import SERVE, started
+from benchmarks.results import make_parser, spread, write_result
+from diptych.v1 import preprocess_pb2, preprocess_pb2_grpc, tensor_pb2
+from executor_service.engine.boot import boot
+from executor_service.engine.messages import SamplingParams
+from executor_service.engine.request import EngineItem, Request
+from executor_service.settings import ExecutorSettings
+from preprocess_service.media.decode import decode_image
+from preprocess_service.planning import Checkpoint, Planner, RequestLimits
+from preprocess_service.requests import Chat, ChatMessage, Media
+from registry import MediaItem
+
+DEMO_MODEL = Path(__file__).parent.parent / "demo" / "model"
+QUESTION = "What does the picture show?"
+TARGET_MS = 3.0
+PAUSE_SECONDS = 0.005
+STAGES = ("plan", "decode_media", "map", "transfer", "queue", "prefill")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print and write the milliseconds of both arms, and of their difference."""
+    parser = make_parser("split", __doc__)
+    parser.add_argument("--model", type=Path, default=DEMO_MODEL, help="checkpoint directory")
+    parser.add_argument("--pairs", type=int, default=300, help="interleaved pairs (default 300)")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.pairs = 3
+    load_before = os.getloadavg()[0]
+    direct = Direct(options.model)
+    with started(SERVE, "--model", str(options.model), "--executor-port", "0") as service:
+        with grpc.insecure_channel(service.address) as channel:
+            served = Served(preprocess_pb2_grpc.PreprocessServiceStub(channel))
+            pairs = measure(direct, served, options.pairs)
+    report(pairs, options, load_before)
+    return 0
+
+
+Stages = dict[str, float]
+"""Milliseconds by stage; `first_token` is the whole."""
+
+
+def measure(direct: Direct, served: Served, num_pairs: int) -> list[tuple[Stages, Stages]]:
+    """(direct, served) of every pair; who goes first changes from pair to pair."""
+    warm_up = min(10, num_pairs)
+    files = pictures(2 * (num_pairs + warm_up), 240, 320)
+    pairs = []
+    for index in tqdm(range(num_pairs + warm_up), desc="pairs", file=sys.stderr):
+        results = {}
+        arms = (direct, served) if index % 2 else (served, direct)
+        for arm in arms:
+            time.sleep(PAUSE_SECONDS)  # so that no thread of the other arm still spins
+            results[arm] = arm.ask(files.pop())
+        pairs.append((results[direct], results[served]))
+    return pairs[warm_up:]
+
+
+class Served:
+    """Both services."""
+
+    def __init__(self, stub: preprocess_pb2_grpc.PreprocessServiceStub) -> None:
+        self._stub = stub
+
+    def ask(self, file: bytes) -> Stages:
+        """One request."""
+        start = time.perf_counter()
+        media = preprocess_pb2.Media(modality=tensor_pb2.MODALITY_IMAGE, data=file)
+        parts = [preprocess_pb2.ChatPart(media=media), preprocess_pb2.ChatPart(text=QUESTION)]
+        request = preprocess_pb2.GenerateRequest(
+            chat=preprocess_pb2.Chat(messages=[preprocess_pb2.ChatMessage(role="user", parts=parts)]),
+            sampling=tensor_pb2.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True),
+        )
+        first, times = None, None
+        for response in self._stub.Generate(request, timeout=60):
+            if response.token_ids and first is None:
+                first = time.perf_counter() - start
+            times = response.final.times if response.HasField("final") else times
+        assert first is not None
+        return {"first_token": 1000 * first, **{name: 1000 * getattr(times, f"{name}_seconds") for name in STAGES}}
+
+
+class Direct:
+    """The same work in this process."""
+
+    def __init__(self, model: Path) -> None:
+        self._checkpoint = Checkpoint(model)
+        booted = boot(ExecutorSettings(model=model).engine_config, lambda progress: None)
+        self._engine, self._max_model_len = booted.engine, booted.report.max_model_len
+        limits = RequestLimits(self._checkpoint.family.ctx.limits, self._max_model_len)
+        self._planner = Planner(self._checkpoint, lambda: limits)
+        self._number = 0
+
+    def ask(self, file: bytes) -> Stages:
+        """One request."""
+        clock = _Clock()
+        plan = self._planner.prepare(Chat((ChatMessage("user", (Media("image", file), QUESTION)),)))
+        clock.note("plan")
+        pixels = decode_image(plan.items[0], 0)
+        clock.note("decode_media")
+        tensors = self._checkpoint.family.map_item(MediaItem(plan.items[0].info, pixels))
+        clock.note("map")
+        self._engine.add(self._request(plan, tensors))
+        token_ids: list[int] = []
+        while self._engine.has_work:
+            token_ids += self._engine.step().token_ids
+        self._checkpoint.tokenizer.decode(token_ids)
+        clock.note("prefill")
+        assert len(token_ids) == 1
+        return clock.stages()
+
+    def _request(self, plan: Any, tensors: dict[str, Any]) -> Request:
+        """The request as the engine process makes it; a digest of its own lets the caches do the same work."""
+        self._number += 1
+        item = plan.items[0]
+        assert item.layout is not None
+        views = {name: torch.from_numpy(array) for name, array in tensors.items()}
+        digest = hashlib.sha256(str(self._number).encode()).digest()
+        engine_item = EngineItem(item.placeholder, "image", item.layout, views, content_digest=digest)
+        positions, delta = self._engine.runner.prompt_positions(plan.prompt_token_ids, [engine_item])
+        params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        return Request(
+            self._number, plan.prompt_token_ids, [engine_item], params, self._max_model_len,
+            positions=positions, decode_delta=delta,
+        )  # fmt: skip
+
+
+class _Clock:
+    """Milliseconds since the last note, by stage."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._stages: Stages = {}
+
+    def note(self, stage: str) -> None:
+        now = time.perf_counter()
+        self._stages[stage] = 1000 * (now - self._last)
+        self._last = now
+
+    def stages(self) -> Stages:
+        """The whole first."""
+        return {"first_token": 1000 * (self._last - self._start), **self._stages}
+
+
+def report(pairs: list[tuple[Stages, Stages]], options: argparse.Namespace, load_before: float) -> None:
+    """The difference, both arms by stage, and the JSON file."""
+    differences = [served["first_token"] - direct["first_token"] for direct, served in pairs]
+    figures: dict[str, Any] = {"difference_ms": spread(differences)}
+    for place, arm in enumerate(("direct", "served")):
+        figures[f"{arm}_ms"] = {stage: spread([pair[place][stage] for pair in pairs]) for stage in pairs[0][place]}
+        stages = ", ".join(f"{stage} {value['median']:.2f}" for stage, value in figures[f"{arm}_ms"].items())
+        print(f"{arm:<7} {stages}  (median ms)")
+    quarter = sorted(pairs, key=lambda pair: sum(arm["first_token"] for arm in pair))[: max(len(pairs) // 4, 1)]
+    figures["difference_ms_of_quietest_quarter"] = statistics.median(
+        served["first_token"] - direct["first_token"] for direct, served in quarter
+    )
+    median = figures["difference_ms"]["median"]
+    print(f"the split costs {median:.2f} ms at the median; {figures['difference_ms_of_quietest_quarter']:.2f} ms in the "
+          "quarter of the pairs that took least")  # fmt: skip
+    if not options.quick:
+        figures["target"] = {"milliseconds": TARGET_MS, "met": median <= TARGET_MS}
+    write_result("split", options, figures, load_before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
