@@ -74,7 +74,6 @@ class Request:
         self.request_id = request_id
         self.items = items
         self.items_end = items[-1].placeholder.end if items else 0
-        self.is_shareable = all(item.content_digest is not None for item in items)
         self.sampling = sampling
         self.priority = priority
         self.num_prompt_tokens = len(prompt_token_ids)
