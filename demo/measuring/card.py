@@ -104,7 +104,8 @@ Answered by transformers' `generate()` on a CPU in float32, with the PIL image p
 COMMANDS = """\
 python -m demo.training.material --mnist … --google … --twitter … --output material.npz        # see its --help
 python -m demo.training.train --material material.npz --output demo/model --steps {steps} --compile --seed {seed}
-python -m demo.measuring.evaluate --model demo/model --material material.npz --questions {questions} --output demo/model/accuracy.json
+python -m demo.measuring.evaluate --model demo/model --material material.npz --questions {questions} \\
+    --output demo/model/accuracy.json
 python -m demo.measuring.held_out --material material.npz --output demo/held_out
 python -m demo.measuring.ask --model demo/model --output demo/model/held_out_answers.json
 python -m demo.measuring.card --model demo/model"""

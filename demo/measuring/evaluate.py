@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset, DataLoader
@@ -37,7 +38,7 @@ Figures = dict[str, list[int]]
 
 
 @torch.inference_mode()
-def examine(student: Student, exams: dict[str, Exam], workers: int, bar: tqdm) -> Figures:
+def examine(student: Student, exams: dict[str, Exam], workers: int, bar: tqdm[Any]) -> Figures:
     """Put every question of every exam; the bar counts them."""
     names = [name for name, exam in exams.items() for _ in range(len(exam))]
     figures = {name: [0, 0] for name in exams}

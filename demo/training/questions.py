@@ -100,7 +100,7 @@ def plural(name: str) -> str:
 
 
 def _pick(wordings: Sequence[str], rng: np.random.Generator) -> str:
-    return wordings[rng.integers(len(wordings))]
+    return wordings[int(rng.integers(len(wordings)))]
 
 
 def _digits(scene: Scene) -> list[int]:

@@ -27,6 +27,9 @@ class Outcome:
 class Student(nn.Module):
     """Equals `LlavaNextForConditionalGeneration`, but takes uint8 tiles and computes only the logits of answers."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: LlavaNextForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
