@@ -21,7 +21,7 @@ from tests.tiny_checkpoint import encoded, picture
 
 MAX_BYTES = limits.DEFAULT_MAX_PROMPT_BYTES
 NOTICEABLE = 1.0
-"""Seconds; without its mend each of these requests stops everything for several."""
+"""Seconds; a request that holds the interpreter stops everything for nearly as long as it takes itself."""
 
 
 @pytest_asyncio.fixture(scope="module")
@@ -121,8 +121,12 @@ async def test_tokenizing_counts_as_work(server: PreprocessServer, client: Async
             assert (await failure(call)).code == "RESOURCE_EXHAUSTED"
 
 
-async def slowest_meanwhile(work: Awaitable[object], client: AsyncClient) -> float:
-    """The longest that somebody else's health check, Tokenize or Generate took while `work` was under way."""
+async def check_nobody_waits(work: Awaitable[object], client: AsyncClient) -> None:
+    """Somebody else's health checks, Tokenize and Generate are answered while `work` is under way.
+
+    On a machine that is busy with other things everything is slow, so the bound grows with the work's own time.
+    """
+    began = time.perf_counter()
     task, slowest = asyncio.ensure_future(work), 0.0
     while not task.done():
         for call in (client.health(), client.tokenize("short"), client.generate(Prompt("short"), max_tokens=1)):
@@ -131,7 +135,7 @@ async def slowest_meanwhile(work: Awaitable[object], client: AsyncClient) -> flo
             slowest = max(slowest, time.perf_counter() - start)
         await asyncio.sleep(0.001)
     await task
-    return slowest
+    assert slowest < max(NOTICEABLE, (time.perf_counter() - began) / 3)
 
 
 LARGEST = {
@@ -143,18 +147,18 @@ LARGEST = {
 
 @pytest.mark.parametrize("text", LARGEST)
 async def test_the_largest_text_keeps_nobody_waiting(roomy: AsyncClient, text: str) -> None:
-    assert await slowest_meanwhile(roomy.tokenize(LARGEST[text]), roomy) < NOTICEABLE
+    await check_nobody_waits(roomy.tokenize(LARGEST[text]), roomy)
 
 
 async def test_the_largest_prompt_keeps_nobody_waiting(roomy: AsyncClient) -> None:
-    assert await slowest_meanwhile(roomy.generate(Prompt(LARGEST["words"]), max_tokens=1), roomy) < NOTICEABLE
+    await check_nobody_waits(roomy.generate(Prompt(LARGEST["words"]), max_tokens=1), roomy)
 
 
 async def test_the_largest_chat_keeps_nobody_waiting(roomy: AsyncClient) -> None:
     part = "some words " * (MAX_BYTES // 11 // limits.MAX_PARTS - 1)
     messages = [Message("user", [part] * (limits.MAX_PARTS // limits.MAX_MESSAGES))] * limits.MAX_MESSAGES
-    assert await slowest_meanwhile(roomy.generate(Chat(messages), max_tokens=1), roomy) < NOTICEABLE
+    await check_nobody_waits(roomy.generate(Chat(messages), max_tokens=1), roomy)
 
 
 async def test_the_most_ids_keep_nobody_waiting(roomy: AsyncClient) -> None:
-    assert await slowest_meanwhile(roomy.detokenize([70] * limits.MAX_DETOKENIZED), roomy) < NOTICEABLE
+    await check_nobody_waits(roomy.detokenize([70] * limits.MAX_DETOKENIZED), roomy)
