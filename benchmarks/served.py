@@ -19,14 +19,17 @@ import grpc
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.image_utils import load_image
 
 from benchmarks.results import write_result
-from demo.run import DEMO, serve
+from demo.run import DEMO
+from demo.show.services import serve
 from diptych.v1 import preprocess_pb2, preprocess_pb2_grpc, tensor_pb2
+from registry import MediaInfo
+from registry.families import open_family
 
-PROMPT = "USER: <image>\nWhat digit is this? ASSISTANT:"
+PROMPT = "USER: <image>\nWhat do you see? ASSISTANT:"
 CONCURRENCIES = (1, 4, 16)
 
 
@@ -99,23 +102,23 @@ class Reference:
     """transformers, one request at a time."""
 
     def __init__(self, model_dir: Path) -> None:
-        self.model = LlavaForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
         self.processor = AutoImageProcessor.from_pretrained(model_dir, backend="pil")
-        config = self.model.config
-        side = config.vision_config.image_size // config.vision_config.patch_size
-        text = PROMPT.replace("<image>", "<image>" * side * side)
-        self.ids = torch.tensor([self.tokenizer(text)["input_ids"]])
+        self.family = open_family(model_dir)
 
     def run(self, files: list[bytes], max_tokens: int) -> dict[str, float]:
         """Tokens per second."""
         start = time.perf_counter()
         for file in files:
             image = load_image(Image.open(io.BytesIO(file)))
-            pixels = torch.from_numpy(self.processor(images=[image], return_tensors="np")["pixel_values"])
+            # As many placeholders as the picture has features: a matter of its size.
+            count = self.family.layout(MediaInfo.image(image.height, image.width)).length
+            ids = torch.tensor([self.tokenizer(PROMPT.replace("<image>", "<image>" * count))["input_ids"]])
+            inputs = self.processor(images=[image], return_tensors="pt")
             with torch.inference_mode():
                 self.model.generate(
-                    input_ids=self.ids, attention_mask=torch.ones_like(self.ids), pixel_values=pixels,
+                    input_ids=ids, attention_mask=torch.ones_like(ids), **inputs,
                     max_new_tokens=max_tokens, min_new_tokens=max_tokens, do_sample=False,
                     pad_token_id=0, eos_token_id=None,
                 )  # fmt: skip

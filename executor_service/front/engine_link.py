@@ -123,10 +123,12 @@ class EngineLink:
 def _spawn(connection_fd: int, arena: Arena) -> subprocess.Popen[bytes]:
     """The engine imports what this process can import; its prints go where logs go."""
     command = [sys.executable, "-m", "executor_service.engine.process"]
+    # Between its steps an OpenMP thread that spins takes the cores from everything else on the host.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     return subprocess.Popen(  # noqa: S603 - our own module
         [*command, str(connection_fd), str(arena.fd), str(arena.num_bytes)],
         pass_fds=(connection_fd, arena.fd),
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr.fileno(),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env={**environment, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from demo.measuring.index import read_index
 from tests.conftest import DEMO_MODEL
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "protocol.md").read_text("utf-8")
-HELD_OUT = DEMO_MODEL.parent / "held_out"
-ENTRY = json.loads((HELD_OUT / "index.json").read_text("utf-8"))["pictures"][0]
+DIGIT = read_index(DEMO_MODEL.parent / "held_out")[0]
+(PICTURE,) = DIGIT.pictures
+(ANSWER,) = json.loads((DEMO_MODEL / "held_out_answers.json").read_text("utf-8"))["said"][DIGIT.number]
 
 
 def program(language: str, path: Path) -> Path:
@@ -39,17 +41,17 @@ def node_client(tmp_path_factory, node_modules) -> list:
 
 @pytest.mark.parametrize("client", ["python_client", "node_client"])
 def test_a_client_gets_the_answer(served_demo, request, client: str) -> None:
-    command = [*request.getfixturevalue(client), served_demo.preprocess_address, HELD_OUT / ENTRY["file"]]
+    command = [*request.getfixturevalue(client), served_demo.preprocess_address, PICTURE]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.strip() == ENTRY["answer"]
+    assert done.stdout.strip() == ANSWER
 
 
 @pytest.mark.parametrize("client", ["python_client", "node_client"])
 def test_a_client_survives_an_error_without_details(request, client: str) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # and nobody listens
-        command = [*request.getfixturevalue(client), f"127.0.0.1:{closed.getsockname()[1]}", HELD_OUT / ENTRY["file"]]
+        command = [*request.getfixturevalue(client), f"127.0.0.1:{closed.getsockname()[1]}", PICTURE]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert done.stderr.startswith(("UNAVAILABLE: ", "14: "))
