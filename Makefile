@@ -17,7 +17,7 @@ export TORCH TORCH_INDEX
 .PHONY: help setup demo test check bench test-gpu kernels clean
 
 help:
-	@echo 'make demo       both services, the demo model, real pictures, answers; then stops everything'
+	@echo 'make demo       both services, the demo model, real pictures, answers, a page to look at; then stops everything'
 	@echo 'make test       make check, and all tests that need no GPU'
 	@echo 'make check      lint, format, types, import rules, protos, compose file, Dockerfile, kernels'
 	@echo 'make bench      benchmarks'

@@ -4,9 +4,8 @@
 
 An answer counts if its whole text is right, both answers in a chat of two turns. Every answer is scored in one forward
 pass: greedy decoding gives the right text exactly if each of its tokens is the most likely one after those before it.
-The weights are the checkpoint's bfloat16, the arithmetic is float32. 500 questions of each type are an hour's work for
-two CPU cores; `--questions 100` asks the first hundred of them. Each column is printed and written as soon as it is
-done.
+The weights are the checkpoint's bfloat16, the arithmetic is float32. `--questions 100` asks the first hundred of each
+type. Every column is printed and written as soon as it is done.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def look(family: ModelFamily, path: Path) -> Seen:
     feature_rows, feature_columns = anyres.unpadded(size)
     return Seen(
         name=path.name,
-        url=_data_url(path.read_bytes(), Image.open(path).get_format_mimetype() or "image/png"),
+        url=_data_url(path.read_bytes(), _media_type(path)),
         width=picture.width,
         height=picture.height,
         whole=whole,
@@ -62,6 +62,11 @@ def look(family: ModelFamily, path: Path) -> Seen:
         feature_rows=feature_rows,
         feature_columns=feature_columns,
     )
+
+
+def _media_type(path: Path) -> str:
+    with Image.open(path) as file:
+        return file.get_format_mimetype() or "image/png"
 
 
 def _png(tile: np.ndarray) -> str:
