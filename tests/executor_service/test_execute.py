@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import grpc
 import pytest
 
-from diptych.service.lifecycle import CHANNEL_OPTIONS
 from diptych.v1 import executor_pb2, tensor_pb2
-from executor_service.server import ExecutorServer
-from executor_service.settings import ExecutorSettings
-from registry.fingerprint import fingerprint
 from tests.checkpoints import VOCAB_SIZE
-from tests.executor_service.peer import Peer, Planned, Planner, model_facts
-from tests.services import EXECUTOR_DEFAULTS, service_thread, wait_idle
+from tests.executor_service.peer import Peer, Planned, model_facts
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint) -> Iterator[tuple]:
-    settings = ExecutorSettings(model=checkpoint, port=0, media_memory="1MiB", **EXECUTOR_DEFAULTS)
-    with service_thread(lambda: ExecutorServer(settings)) as (executor, loop):
-        yield executor, loop
-
-
-@pytest.fixture
-def channel(server) -> Iterator[grpc.Channel]:
-    """A fresh connection; after every test everything must be free again."""
-    executor, loop = server
-    with grpc.insecure_channel(executor.address, options=CHANNEL_OPTIONS) as channel:
-        yield channel
-        wait_idle(channel, executor, loop)
-
-
-@pytest.fixture
-def planner(server) -> Planner:
-    family = server[0].front.family
-    return Planner(family, fingerprint(family).digest)
+def executor_settings() -> dict[str, Any]:
+    return {"media_memory": "1MiB"}
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -11,15 +10,10 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from diptych.service.lifecycle import CHANNEL_OPTIONS
 from diptych.v1 import executor_pb2
 from diptych.wire.framing import encode_request
-from executor_service.server import ExecutorServer
-from executor_service.settings import ExecutorSettings
 from registry.errors import RegistryError
-from registry.fingerprint import fingerprint
 from tests.executor_service.peer import Peer, Planner
-from tests.services import EXECUTOR_DEFAULTS, service_thread, wait_idle
 
 METHOD = "/diptych.v1.ExecutorService/Execute"
 MALFORMED = {
@@ -27,28 +21,6 @@ MALFORMED = {
     "a chunk cut off": b"\x08\x01\x1a\x02\x08",
     "a start that is none": b"\x08\x02\x12\x01\xff",
 }
-
-
-@pytest.fixture(scope="module")
-def server(checkpoint) -> Iterator[tuple]:
-    settings = ExecutorSettings(model=checkpoint, port=0, **EXECUTOR_DEFAULTS)
-    with service_thread(lambda: ExecutorServer(settings)) as (executor, loop):
-        yield executor, loop
-
-
-@pytest.fixture
-def channel(server) -> Iterator[grpc.Channel]:
-    """A fresh connection; after every test everything must be free again."""
-    executor, loop = server
-    with grpc.insecure_channel(executor.address, options=CHANNEL_OPTIONS) as channel:
-        yield channel
-        wait_idle(channel, executor, loop)
-
-
-@pytest.fixture
-def planner(server) -> Planner:
-    family = server[0].front.family
-    return Planner(family, fingerprint(family).digest)
 
 
 class RawStream:

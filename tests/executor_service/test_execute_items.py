@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import grpc
 import numpy as np
@@ -19,31 +20,14 @@ from executor_service.settings import ExecutorSettings
 from registry import MediaInfo, MediaItem
 from registry.fingerprint import fingerprint, fixed_picture
 from tests.executor_service.peer import Peer, Planned, Planner
-from tests.services import EXECUTOR_DEFAULTS, service_thread, wait_idle
+from tests.services import EXECUTOR_DEFAULTS, service_thread
 
 TEXT = "Look: <image> so?"
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint) -> Iterator[tuple]:
-    settings = ExecutorSettings(model=checkpoint, port=0, media_memory="1MiB", receive_timeout=1.5, **EXECUTOR_DEFAULTS)
-    with service_thread(lambda: ExecutorServer(settings)) as (executor, loop):
-        yield executor, loop
-
-
-@pytest.fixture
-def channel(server) -> Iterator[grpc.Channel]:
-    """A fresh connection; after every test everything must be free again."""
-    executor, loop = server
-    with grpc.insecure_channel(executor.address, options=CHANNEL_OPTIONS) as channel:
-        yield channel
-        wait_idle(channel, executor, loop)
-
-
-@pytest.fixture
-def planner(server) -> Planner:
-    family = server[0].front.family
-    return Planner(family, fingerprint(family).digest)
+def executor_settings() -> dict[str, Any]:
+    return {"media_memory": "1MiB", "receive_timeout": 1.5}
 
 
 @pytest.fixture

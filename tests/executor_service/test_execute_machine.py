@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import numpy as np
@@ -21,12 +22,10 @@ from PIL import Image
 
 from diptych.service.lifecycle import CHANNEL_OPTIONS
 from diptych.v1 import executor_pb2
-from executor_service.server import ExecutorServer
-from executor_service.settings import ExecutorSettings
 from registry import MediaInfo, MediaItem
 from registry.fingerprint import fingerprint
 from tests.executor_service.peer import Peer, Planned, Planner
-from tests.services import EXECUTOR_DEFAULTS, service_thread, wait_idle
+from tests.services import wait_idle
 
 NUM_PICTURES = 3
 TEXTS = ("One <image>?", "<image> and <image>", "none at all")
@@ -34,13 +33,15 @@ PIECE = 4000
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint) -> Iterator[tuple]:
-    settings = ExecutorSettings(
-        model=checkpoint, port=0, media_memory="96KiB", kv_cache_memory="2MiB", encoder_cache_memory="48KiB",
-        max_num_seqs=4, max_num_batched_tokens=64, receive_timeout=60, **EXECUTOR_DEFAULTS,
-    )  # fmt: skip
-    with service_thread(lambda: ExecutorServer(settings)) as (executor, loop):
-        yield executor, loop
+def executor_settings() -> dict[str, Any]:
+    return {
+        "media_memory": "96KiB",
+        "kv_cache_memory": "2MiB",
+        "encoder_cache_memory": "48KiB",
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 64,
+        "receive_timeout": 60,
+    }
 
 
 @dataclass
