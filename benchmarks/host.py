@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         show(count, figures[str(count)])
     if not options.quick:
         figures["target"] = {"milliseconds": TARGET_MS, "requests": TARGET_COUNT, "met": is_met(figures)}
-    write_result("host", options, figures, load_before)
+    write_result("host", figures, options, load_before)
     return 0
 
 

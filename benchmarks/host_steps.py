@@ -45,15 +45,19 @@ class FreeModel(nn.Module):
         self._logits = torch.randn((max_rows, 8), generator=torch.Generator().manual_seed(0))
 
     def get_input_embeddings(self) -> nn.Module:
+        """Of one element a token."""
         return self._embedding
 
     def embed_multimodal(self, pixel_values: list[Tensor]) -> list[Tensor]:
+        """Zeros."""
         return [torch.zeros((PICTURE_TOKENS, 1)) for _ in pixel_values]
 
     def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor) -> Tensor:
+        """Nothing."""
         return inputs_embeds
 
     def compute_logits(self, rows: Tensor) -> Tensor:
+        """Always the same."""
         return self._logits[: len(rows)]
 
 

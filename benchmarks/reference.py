@@ -32,7 +32,7 @@ class Reference:
         self.processor = AutoImageProcessor.from_pretrained(model_dir, backend="pil")
 
     def run(self, tasks: Sequence[Task], batch_size: int = 1) -> float:
-        """Seconds for all of them. Batches are sorted by length, so that as little as possible is computed for naught."""
+        """Seconds for all of them. Batches are sorted by length, so that little is computed for naught."""
         start = time.perf_counter()
         ordered = sorted(tasks, key=lambda task: task.max_tokens) if batch_size > 1 else tasks
         for first in range(0, len(ordered), batch_size):

@@ -32,7 +32,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "lower": quarters[0], "upper": quarters[2]}
 
 
-def write_result(name: str, options: argparse.Namespace, figures: Any, load_before: float) -> Path:
+def write_result(name: str, figures: Any, options: argparse.Namespace, load_before: float) -> Path:
     """Write figures with date, machine, load, versions, commit and flags; returns the file."""
     options.output.mkdir(parents=True, exist_ok=True)
     path: Path = options.output / f"{name}.json"

@@ -24,7 +24,7 @@ import grpc
 from tqdm import tqdm
 
 from benchmarks.models import make_random_llava, pictures
-from benchmarks.processes import SERVE, started
+from benchmarks.processes import SERVE, started, use_threads
 from benchmarks.reference import Reference, Task
 from benchmarks.results import make_parser, spread, write_result
 from diptych.v1 import preprocess_pb2, preprocess_pb2_grpc, tensor_pb2
@@ -46,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=96, help="longest answer (default 96)")
     parser.add_argument("--repeats", type=int, default=3, help="interleaved repeats (default 3)")
     parser.add_argument("--only", choices=("demo", "random"), help="one of the two models")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of every arm (default 1)")
     options = parser.parse_args(argv)
+    use_threads(options.threads)
     if options.quick:
         options.requests, options.one_by_one, options.repeats = 4, 2, 1
         options.min_tokens, options.max_tokens = 2, 4
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, make in models.items():
             if options.only in (None, name):
                 figures[name] = report(name, measure(make(), options), options)
-    write_result("served", options, figures, load_before)
+    write_result("served", figures, options, load_before)
     return 0
 
 
@@ -67,16 +69,18 @@ def measure(model: Path, options: argparse.Namespace) -> dict[str, list[dict[str
     reference = Reference(model)
     arms: dict[str, list[dict[str, float]]] = {}
     seeds = itertools.count()
-    with started(SERVE, "--model", str(model), "--executor-port", "0") as service:
-        with grpc.insecure_channel(service.address) as channel:
-            stub = preprocess_pb2_grpc.PreprocessServiceStub(channel)
-            ask_all(stub, make_tasks(stub, 2, options, next(seeds)), 2)
-            reference.generate(make_tasks(stub, 2, options, next(seeds)))
-            for _ in tqdm(range(options.repeats), desc="repeats", file=sys.stderr):
-                few = make_tasks(stub, options.one_by_one, options, next(seeds))
-                many = make_tasks(stub, options.requests, options, next(seeds))
-                for arm, figures in measure_once(stub, reference, few, many):
-                    arms.setdefault(arm, []).append(figures)
+    with (
+        started(SERVE, "--model", str(model), "--executor-port", "0") as service,
+        grpc.insecure_channel(service.address) as channel,
+    ):
+        stub = preprocess_pb2_grpc.PreprocessServiceStub(channel)
+        ask_all(stub, make_tasks(stub, 2, options, next(seeds)), 2)
+        reference.generate(make_tasks(stub, 2, options, next(seeds)))
+        for _ in tqdm(range(options.repeats), desc="repeats", file=sys.stderr):
+            few = make_tasks(stub, options.one_by_one, options, next(seeds))
+            many = make_tasks(stub, options.requests, options, next(seeds))
+            for arm, figures in measure_once(stub, reference, few, many):
+                arms.setdefault(arm, []).append(figures)
     return arms
 
 
@@ -115,9 +119,7 @@ def rate(tasks: list[Task], seconds: float) -> dict[str, float]:
     return {"tokens_per_second": sum(task.max_tokens for task in tasks) / seconds}
 
 
-def ask_all(
-    stub: preprocess_pb2_grpc.PreprocessServiceStub, tasks: list[Task], concurrency: int
-) -> dict[str, float]:
+def ask_all(stub: preprocess_pb2_grpc.PreprocessServiceStub, tasks: list[Task], concurrency: int) -> dict[str, float]:
     """Tokens per second over all requests, and the median time to the first token in seconds."""
     start = time.perf_counter()
     with ThreadPoolExecutor(concurrency) as pool:
@@ -143,7 +145,9 @@ def ask(stub: preprocess_pb2_grpc.PreprocessServiceStub, task: Task) -> float:
 
 def report(name: str, arms: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> dict[str, Any]:
     """A line per arm, the ratios, and what goes into the JSON file."""
-    figures: dict[str, Any] = {arm: {key: spread([run[key] for run in runs]) for key in runs[0]} for arm, runs in arms.items()}
+    figures: dict[str, Any] = {
+        arm: {key: spread([run[key] for run in runs]) for key in runs[0]} for arm, runs in arms.items()
+    }
     rates = {arm: values["tokens_per_second"]["median"] for arm, values in figures.items()}
     for arm, values in figures.items():
         print(f"{name}: {arm:<24} {rates[arm]:8.1f} tokens/s", end="")
