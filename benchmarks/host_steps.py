@@ -1,6 +1,6 @@
 """Runs the engine with a model whose forward is free, and prints as JSON where each step's time goes.
 
-A script of its own, `python benchmarks/host_steps.py NUM_REQUESTS NUM_STEPS PROFILED`, that imports the engine
+A script of its own, `python benchmarks/host_steps.py NUM_STEPS PROFILED NUM_REQUESTS…`, that imports the engine
 and nothing else: `benchmarks.host` runs it on one checkout or on two in turn, each from its own PYTHONPATH.
 """
 
@@ -152,13 +152,15 @@ def profile(num_requests: int, num_steps: int) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str]) -> None:
-    """Print {"steps": seconds by stage, "profile": functions}."""
-    num_requests, num_steps, is_profiled = (int(argument) for argument in argv)
+    """Print, by number of requests, {"steps": seconds by stage, "profile": functions}."""
+    num_steps, is_profiled, *counts = (int(argument) for argument in argv)
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"steps": measure(num_requests, num_steps)}
-    if is_profiled:
-        result["profile"] = profile(num_requests, num_steps)
-    print(json.dumps(result))
+    results: dict[int, Any] = {}
+    for count in counts:
+        results[count] = {"steps": measure(count, num_steps)}
+        if is_profiled:
+            results[count]["profile"] = profile(count, num_steps)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":
