@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,35 +37,39 @@ def main(argv: list[str] | None = None) -> int:
     load_before = os.getloadavg()[0]
     trees = {"this": HERE.parent, **({"before": options.against} if options.against else {})}
     figures: dict[str, Any] = {"commits": {arm: commit(tree) for arm, tree in trees.items()}}
-    for count in (1, 2) if options.quick else COUNTS:
-        figures[str(count)] = measure(trees, count, options)
+    counts = (1, 2) if options.quick else COUNTS
+    figures |= measure(trees, counts, options)
+    for count in counts:
         show(count, figures[str(count)])
     if not options.quick:
         figures["target"] = {"milliseconds": TARGET_MS, "requests": TARGET_COUNT, "met": is_met(figures)}
-    write_result("host", options, figures, load_before)
+    write_result("host", figures, options, load_before)
     return 0
 
 
-def measure(trees: dict[str, Path], count: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Every arm's milliseconds by stage over all its steps, repeats in turn; and its profile."""
-    steps: dict[str, dict[str, list[float]]] = {arm: defaultdict(list) for arm in trees}
-    profiles: dict[str, Any] = {}
+def measure(trees: dict[str, Path], counts: Sequence[int], options: argparse.Namespace) -> dict[str, Any]:
+    """By number of requests, every arm's milliseconds by stage over all its steps, repeats in turn; and its profile."""
+    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in trees}
     for repeat in range(options.repeats):
         for arm, tree in trees.items():
-            is_last = repeat == options.repeats - 1
-            result = run(tree, count, options.steps, is_last)
-            for stage, seconds in result["steps"].items():
-                steps[arm][stage] += [1000 * value for value in seconds]
-            profiles[arm] = result.get("profile")
+            results[arm].append(run(tree, counts, options.steps, is_profiled=repeat == options.repeats - 1))
     return {
-        arm: {"milliseconds": {stage: spread(values) for stage, values in steps[arm].items()}, "profile": profiles[arm]}
-        for arm in trees
+        str(count): {arm: summary([result[str(count)] for result in runs]) for arm, runs in results.items()}
+        for count in counts
     }
 
 
-def run(tree: Path, count: int, num_steps: int, is_profiled: bool) -> dict[str, Any]:
-    """One measurement in a process of its own."""
-    command = [sys.executable, HERE / "host_steps.py", str(count), str(num_steps), str(int(is_profiled))]
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Milliseconds by stage over the steps of all runs, and the last run's profile."""
+    milliseconds = {
+        stage: spread([1000 * seconds for run in runs for seconds in run["steps"][stage]]) for stage in runs[0]["steps"]
+    }
+    return {"milliseconds": milliseconds, "profile": runs[-1]["profile"]}
+
+
+def run(tree: Path, counts: Sequence[int], num_steps: int, is_profiled: bool) -> dict[str, Any]:
+    """One measurement of every number of requests, in a process of its own."""
+    command = [sys.executable, HERE / "host_steps.py", str(num_steps), str(int(is_profiled)), *map(str, counts)]
     environment = {**os.environ, "PYTHONPATH": str(tree.resolve())}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
     result: dict[str, Any] = json.loads(done.stdout)

@@ -1,6 +1,6 @@
 """Runs the engine with a model whose forward is free, and prints as JSON where each step's time goes.
 
-A script of its own, `python benchmarks/host_steps.py NUM_REQUESTS NUM_STEPS PROFILED`, that imports the engine
+A script of its own, `python benchmarks/host_steps.py NUM_STEPS PROFILED NUM_REQUESTS…`, that imports the engine
 and nothing else: `benchmarks.host` runs it on one checkout or on two in turn, each from its own PYTHONPATH.
 """
 
@@ -45,7 +45,7 @@ class FreeModel(nn.Module):
         self._logits = torch.randn((max_rows, 8), generator=torch.Generator().manual_seed(0))
 
     def get_input_embeddings(self) -> nn.Module:
-        """Rows of one element."""
+        """Of one element a token."""
         return self._embedding
 
     def embed_multimodal(self, pixel_values: list[Tensor]) -> list[Tensor]:
@@ -53,11 +53,11 @@ class FreeModel(nn.Module):
         return [torch.zeros((PICTURE_TOKENS, 1)) for _ in pixel_values]
 
     def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor) -> Tensor:
-        """Nothing is computed."""
+        """Nothing."""
         return inputs_embeds
 
     def compute_logits(self, rows: Tensor) -> Tensor:
-        """The same numbers every time."""
+        """Always the same."""
         return self._logits[: len(rows)]
 
 
@@ -152,13 +152,15 @@ def profile(num_requests: int, num_steps: int) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str]) -> None:
-    """Print {"steps": seconds by stage, "profile": functions}."""
-    num_requests, num_steps, is_profiled = (int(argument) for argument in argv)
+    """Print, by number of requests, {"steps": seconds by stage, "profile": functions}."""
+    num_steps, is_profiled, *counts = (int(argument) for argument in argv)
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"steps": measure(num_requests, num_steps)}
-    if is_profiled:
-        result["profile"] = profile(num_requests, num_steps)
-    print(json.dumps(result))
+    results: dict[int, Any] = {}
+    for count in counts:
+        results[count] = {"steps": measure(count, num_steps)}
+        if is_profiled:
+            results[count]["profile"] = profile(count, num_steps)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

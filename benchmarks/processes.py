@@ -17,6 +17,14 @@ PREPROCESS = ("diptych.cli.main", "preprocess")
 STAND_IN_EXECUTOR = ("benchmarks.stand_in_executor",)
 
 
+def use_threads(count: int) -> None:
+    """So many threads for torch, in this process and in those it starts: every arm has as many."""
+    import torch
+
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    torch.set_num_threads(count)
+
+
 @dataclass(frozen=True)
 class Service:
     """A service that listens at `address`, in process `pid`."""

@@ -32,16 +32,24 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "lower": quarters[0], "upper": quarters[2]}
 
 
-def write_result(name: str, options: argparse.Namespace, figures: Any, load_before: float) -> Path:
+def write_result(name: str, figures: Any, options: argparse.Namespace, load_before: float) -> Path:
     """Write figures with date, machine, load, versions, commit and flags; returns the file."""
     options.output.mkdir(parents=True, exist_ok=True)
     path: Path = options.output / f"{name}.json"
-    flags = {flag: value if isinstance(value, int | float | bool) else str(value)
-             for flag, value in vars(options).items() if flag != "output"}  # fmt: skip
+    flags = {flag: _plain(value) for flag, value in vars(options).items() if flag != "output"}
     origin = {"name": name, **_origin(), "load_average": {"before": load_before, "after": os.getloadavg()[0]}}
     path.write_text(json.dumps({**origin, "flags": flags, "figures": rounded(figures)}, indent=1) + "\n", "utf-8")
     print(f"written to {path}")
     return path
+
+
+def _plain(value: Any) -> Any:
+    """A flag's value as JSON has it; of paths outside the repository only the name."""
+    if isinstance(value, Path):
+        root = Path(__file__).resolve().parent.parent
+        path = value.resolve()
+        return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
+    return value
 
 
 def rounded(value: Any) -> Any:

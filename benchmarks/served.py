@@ -24,7 +24,7 @@ import grpc
 from tqdm import tqdm
 
 from benchmarks.models import make_random_llava, pictures
-from benchmarks.processes import SERVE, started
+from benchmarks.processes import SERVE, started, use_threads
 from benchmarks.reference import Reference, Task
 from benchmarks.results import make_parser, spread, write_result
 from diptych.v1 import preprocess_pb2, preprocess_pb2_grpc, tensor_pb2
@@ -46,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=96, help="longest answer (default 96)")
     parser.add_argument("--repeats", type=int, default=3, help="interleaved repeats (default 3)")
     parser.add_argument("--only", choices=("demo", "random"), help="one of the two models")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of every arm (default 1)")
     options = parser.parse_args(argv)
+    use_threads(options.threads)
     if options.quick:
         options.requests, options.one_by_one, options.repeats = 4, 2, 1
         options.min_tokens, options.max_tokens = 2, 4
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, make in models.items():
             if options.only in (None, name):
                 figures[name] = report(name, measure(make(), options), options)
-    write_result("served", options, figures, load_before)
+    write_result("served", figures, options, load_before)
     return 0
 
 

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.models import pictures
-from benchmarks.processes import SERVE, started
+from benchmarks.processes import SERVE, started, use_threads
 from benchmarks.results import make_parser, spread, write_result
 from diptych.v1 import preprocess_pb2, preprocess_pb2_grpc, tensor_pb2
 from executor_service.engine.boot import boot
@@ -45,7 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser("split", __doc__)
     parser.add_argument("--model", type=Path, default=DEMO_MODEL, help="checkpoint directory")
     parser.add_argument("--pairs", type=int, default=300, help="interleaved pairs (default 300)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of every arm (default 1)")
     options = parser.parse_args(argv)
+    use_threads(options.threads)
     if options.quick:
         options.pairs = 3
     load_before = os.getloadavg()[0]
@@ -177,12 +179,11 @@ def report(pairs: list[tuple[Stages, Stages]], options: argparse.Namespace, load
     figures["difference_ms_of_quietest_quarter"] = statistics.median(
         served["first_token"] - direct["first_token"] for direct, served in quarter
     )
-    median = figures["difference_ms"]["median"]
-    quiet = figures["difference_ms_of_quietest_quarter"]
-    print(f"the split costs {median:.2f} ms at the median; {quiet:.2f} ms in the quarter of the pairs that took least")
+    median, quietest = figures["difference_ms"]["median"], figures["difference_ms_of_quietest_quarter"]
+    print(f"the split costs {median:.2f} ms at the median; {quietest:.2f} ms in the quarter of pairs that took least")
     if not options.quick:
         figures["target"] = {"milliseconds": TARGET_MS, "met": median <= TARGET_MS}
-    write_result("split", options, figures, load_before)
+    write_result("split", figures, options, load_before)
 
 
 if __name__ == "__main__":

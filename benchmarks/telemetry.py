@@ -6,12 +6,13 @@ The exporter sends to a port where nobody listens, so what it would send it keep
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
-from benchmarks.results import write_result
+from benchmarks.results import make_parser, write_result
 from diptych.service.telemetry import RequestSpan, Telemetry, TelemetryOptions, stage
 from diptych.service.telemetry import metrics as catalogue
 from diptych.service.telemetry.interceptor import _Call
@@ -65,7 +66,7 @@ def executor_request(telemetry: Telemetry, headers: dict[str, str]) -> None:
     telemetry.count_request("Execute", "OK")
 
 
-def microseconds(function: Callable[[], object], rounds: int = ROUNDS) -> float:
+def microseconds(function: Callable[[], object], rounds: int) -> float:
     """The best of five runs: what others do on the machine is not our cost."""
     runs = []
     for _ in range(5):
@@ -76,7 +77,7 @@ def microseconds(function: Callable[[], object], rounds: int = ROUNDS) -> float:
     return round(min(runs), 2)
 
 
-def measure(options: TelemetryOptions | None) -> dict[str, float]:
+def measure(options: TelemetryOptions | None, rounds: int) -> dict[str, float]:
     """One setting."""
     telemetry = Telemetry(options)
     nothing = SimpleNamespace(num_pending=0, ready=(), num_sent_bytes=0)
@@ -86,25 +87,27 @@ def measure(options: TelemetryOptions | None) -> dict[str, float]:
     try:
         headers = preprocess_request(telemetry)
         return {
-            "request, preprocess service": microseconds(lambda: preprocess_request(telemetry)),
-            "request, executor": microseconds(lambda: executor_request(telemetry, headers)),
-            "token, preprocess service": microseconds(lambda: report.note(piece), 20 * ROUNDS),
-            "engine step, executor (three of these)": microseconds(lambda: step.record(0.01)),
+            "request, preprocess service": microseconds(lambda: preprocess_request(telemetry), rounds),
+            "request, executor": microseconds(lambda: executor_request(telemetry, headers), rounds),
+            "token, preprocess service": microseconds(lambda: report.note(piece), 20 * rounds),
+            "engine step, executor (three of these)": microseconds(lambda: step.record(0.01), rounds),
         }
     finally:
         telemetry.close()
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
-    figures = {name: measure(options) for name, options in SETTINGS.items()}
+    options = make_parser("telemetry", __doc__).parse_args(argv)
+    load_before, rounds = os.getloadavg()[0], 10 if options.quick else ROUNDS
+    figures = {name: measure(setting, rounds) for name, setting in SETTINGS.items()}
     for name, rows in figures.items():
         print(name)
         for what, cost in rows.items():
             print(f"  {what:<40} {cost:>8} µs")
-    print(write_result("telemetry", figures))
+    write_result("telemetry", figures, options, load_before)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

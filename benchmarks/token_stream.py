@@ -158,7 +158,7 @@ def report(arms: dict[str, list[dict[str, float]]], options: argparse.Namespace,
     rate = figures["Execute"]["tokens_per_second"]["median"]
     if not options.quick:
         figures["target"] = {"tokens_per_second": TARGET, "ratio": rate / TARGET, "met": rate >= TARGET}
-    write_result("token_stream", options, figures, load_before)
+    write_result("token_stream", figures, options, load_before)
 
 
 if __name__ == "__main__":
