@@ -94,8 +94,9 @@ Answered by transformers' `generate()` on a CPU in float32, with the PIL image p
 
 - Loss: the tokens of every answer in chats of one turn or more, about one picture or up to four; the tower also learns
   what lies in every patch and where its centre is, with heads that are thrown away (`demo/training/student.py`).
-- {steps:,} steps in {minutes:.1f} minutes on one {device}; {batch_size} requests a step (a quarter as many where they have several pictures), AdamW,
-  peak rate {learning_rate}, seed {seed}{started_from}.
+- AdamW with a fresh optimiser for each run; a batch of several-picture requests is a quarter as large.
+
+{runs}
 
 ```
 {commands}
@@ -103,7 +104,7 @@ Answered by transformers' `generate()` on a CPU in float32, with the PIL image p
 """  # noqa: E501 (tables)
 COMMANDS = """\
 python -m demo.training.material --mnist … --google … --twitter … --output material.npz        # see its --help
-python -m demo.training.train --material material.npz --output demo/model --steps {steps} --compile --seed {seed}
+{training}
 python -m demo.measuring.evaluate --model demo/model --material material.npz --questions {questions} \\
     --output demo/model/accuracy.json
 python -m demo.measuring.held_out --material material.npz --output demo/held_out
@@ -186,14 +187,25 @@ def _num_parameters(shard: Path) -> int:
         return sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118 (it is no dictionary)
 
 
-def _training(facts: dict[str, Any], num_questions: int) -> dict[str, Any]:
-    started = f", going on from `{facts['started_from']}`" if facts["started_from"] else ""
-    return {
-        **facts,
-        "minutes": facts["seconds"] / 60,
-        "started_from": started,
-        "commands": COMMANDS.format(questions=num_questions, **facts),
-    }
+def _training(runs: list[dict[str, Any]], num_questions: int) -> dict[str, str]:
+    head = ["run", "steps", "minutes", "on one", "requests a step", "peak rate", "seed", ""]
+    rows = [
+        [
+            str(number), f"{run['steps']:,}", f"{run['seconds'] / 60:.1f}", run["device"], str(run["batch_size"]),
+            str(run["learning_rate"]), str(run["seed"]), run.get("remark", ""),
+        ]
+        for number, run in enumerate(runs, 1)
+    ]  # fmt: skip
+    commands = COMMANDS.format(questions=num_questions, training="\n".join(_train_command(run, runs) for run in runs))
+    return {"runs": _table(head, rows), "commands": commands}
+
+
+def _train_command(run: dict[str, Any], runs: list[dict[str, Any]]) -> str:
+    start = "" if run is runs[0] else " --start-from demo/model"
+    return (
+        f"python -m demo.training.train --material material.npz --output demo/model{start} \\\n"
+        f"    --steps {run['steps']} --learning-rate {run['learning_rate']} --seed {run['seed']} --compile"
+    )
 
 
 def _read(path: Path) -> Any:

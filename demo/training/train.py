@@ -3,6 +3,7 @@
     python -m demo.training.train --material material.npz --output demo/model --steps 7000
     python -m demo.training.train --material material.npz --output demo/model --seconds 540
     python -m demo.training.train … --start-from demo/model --learning-rate 5e-4     # go on, with a fresh optimiser
+    python -m demo.training.train … --heads heads.pt        # and later go on with what teaches the tower, too
 
 `material.npz` is what `python -m demo.training.material` packs. One loop, two losses: the tokens of every answer in a
 chat, and what lies in every patch of every tile, which only teaches the tower and is thrown away. The rate warms up,
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -154,16 +156,25 @@ def main() -> None:
     if args.compile:
         student.compile_layers()
     print(f"{student.model.num_parameters():,} parameters on {device_name(args.device)}", flush=True)
+    if args.heads and args.heads.exists():
+        student.load_state_dict(torch.load(args.heads, args.device), strict=False)
     progress = Progress(args.steps, args.seconds or math.inf)
     train(student, lessons(tokenizer, args), progress, args)
     save_weights(student.model, args.output)
-    facts = {
+    if args.heads:
+        torch.save({n: value for n, value in student.state_dict().items() if not n.startswith("model.")}, args.heads)
+    (args.output / "training.json").write_text(json.dumps(history(progress, args), indent=2) + "\n")
+    print(f"saved after {progress.step} steps and {progress.seconds:.0f} s", flush=True)
+
+
+def history(progress: Progress, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every run that made these weights, the last one last."""
+    before = args.start_from / "training.json" if args.start_from else None
+    run = {
         "steps": progress.step, "seconds": round(progress.seconds), "device": device_name(args.device),
         "batch_size": args.batch_size, "learning_rate": args.learning_rate, "seed": args.seed,
-        "started_from": str(args.start_from.name) if args.start_from else None,
     }  # fmt: skip
-    (args.output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(f"saved after {progress.step} steps and {progress.seconds:.0f} s", flush=True)
+    return [*(json.loads(before.read_text()) if before and before.exists() else []), run]
 
 
 def device_name(device: str) -> str:
@@ -180,6 +191,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--material", type=Path, required=True, metavar="FILE", help="packed digits and icons")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the checkpoint goes")
     parser.add_argument("--start-from", type=Path, metavar="DIR", help="a checkpoint to go on from")
+    parser.add_argument(
+        "--heads",
+        type=Path,
+        metavar="FILE",
+        help="where what only teaches the tower is kept, and read if it is there",
+    )
     parser.add_argument("--steps", type=int, default=20000, help=f"optimiser steps at most {default}")
     parser.add_argument("--seconds", type=float, help="end after so many seconds, the rate falling in time")
     parser.add_argument(
