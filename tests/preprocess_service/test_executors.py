@@ -87,7 +87,9 @@ async def test_the_trace_goes_on_to_the_executor(
             pass
     assert executor.requests[-1].start.traceparent == trace
     await client.generate(Prompt("x"), max_tokens=1)
-    assert not executor.requests[-1].start.HasField("traceparent")
+    own = executor.requests[-1].start.traceparent
+    assert own.endswith("-00"), "nobody records it, but the logs of both services have its id"
+    assert own.split("-")[1] not in trace
 
 
 async def test_a_client_that_goes_away_ends_the_decoding(

@@ -6,15 +6,12 @@ import asyncio
 import hashlib
 from pathlib import Path
 
-import grpc
 import numpy as np
 import pytest
 from google.rpc import code_pb2, status_pb2
 
 from diptych.client import AsyncClient, Chat, Media, Message, Prompt, RequestError
 from diptych.service.lifecycle import running
-from diptych.v1 import preprocess_pb2
-from diptych.v1.preprocess_pb2_grpc import PreprocessServiceStub
 from preprocess_service.planning import Checkpoint
 from preprocess_service.server import SERVICE_NAME, PreprocessServer
 from preprocess_service.settings import PreprocessSettings
@@ -178,14 +175,13 @@ async def test_what_the_executor_refuses_is_passed_on(client: AsyncClient, execu
         (Prompt("x"), {"logprobs": 21}, "INVALID_ARGUMENT", "admit", "logprobs is 21"),
         (Prompt("x"), {"stop_token_ids": [1] * 65}, "INVALID_ARGUMENT", "admit", "65 ids; at most 64"),
         (Prompt("x"), {"stop_token_ids": [600]}, "INVALID_ARGUMENT", "admit", "ids are below 600"),
-        (Prompt("x"), {"stop": ["a"] * 17}, "INVALID_ARGUMENT", "admit", "17 strings; at most 16"),
+        (Prompt("x"), {"stop": ["a"] * 17}, "INVALID_ARGUMENT", "admit", "stop has 17 texts; at most 16"),
         (Prompt("x"), {"stop": [""]}, "INVALID_ARGUMENT", "admit", "empty"),
         (Prompt("x"), {"stop": ["a" * 257]}, "INVALID_ARGUMENT", "admit", "257 characters; at most 256"),
         (Prompt("x"), {"request_id": "a" * 129}, "INVALID_ARGUMENT", "admit", "129 characters; at most 128"),
         (Prompt("x"), {"model": "other"}, "NOT_FOUND", "admit", "'other' is not served"),
         (Prompt("x"), {"n": 0}, "INVALID_ARGUMENT", "admit", "n is 0"),
-        (Prompt("x"), {"n": 2}, "UNIMPLEMENTED", "admit", "n is 2"),
-        (Prompt("x"), {"priority": 0}, "UNIMPLEMENTED", "admit", "priority"),
+        (Prompt("x"), {"n": 1000}, "INVALID_ARGUMENT", "admit", "n is 1000"),
         (Prompt("x"), {"min_p": 1.1}, "INVALID_ARGUMENT", "admit", "min_p is 1.1; it must be at least 0"),
         (Prompt("x"), {"prompt_logprobs": 21}, "INVALID_ARGUMENT", "admit", "prompt_logprobs is 21"),
         (Prompt("x"), {"repetition_penalty": 0.0}, "INVALID_ARGUMENT", "admit", "repetition_penalty is 0"),
@@ -196,7 +192,7 @@ async def test_what_the_executor_refuses_is_passed_on(client: AsyncClient, execu
         (Prompt("x"), {"min_tokens": 3, "max_tokens": 2}, "INVALID_ARGUMENT", "admit", "min_tokens is 3"),
         (Prompt("x"), {"bad_words": [""]}, "INVALID_ARGUMENT", "admit", "a bad word is empty"),
         (Prompt("x"), {"bad_words": ["a" * 129]}, "INVALID_ARGUMENT", "admit", "129 characters; at most 128"),
-        (Prompt("x"), {"bad_words": ["a"] * 129}, "INVALID_ARGUMENT", "admit", "129 words; at most 128"),
+        (Prompt("x"), {"bad_words": ["a"] * 129}, "INVALID_ARGUMENT", "admit", "bad_words has 129 texts; at most 128"),
         (Prompt("x"), {"bad_words": [[]]}, "INVALID_ARGUMENT", "admit", "0 ids"),
         (Prompt("x"), {"bad_words": [[7]] * 255 + ["ab"]}, "INVALID_ARGUMENT", "admit", "257 token sequences"),
         (Prompt(""), {}, "INVALID_ARGUMENT", "admit", "the prompt is empty"),
@@ -288,15 +284,6 @@ async def test_tokenize_and_detokenize(client: AsyncClient, checkpoint: Checkpoi
     assert await client.detokenize(ids, skip_special_tokens=False) == "<s>Größe <image>"
     with pytest.raises(RequestError, match="ids are below 600"):
         await client.detokenize([600])
-
-
-async def test_process_is_not_served_yet(server: PreprocessServer) -> None:
-    async with grpc.aio.insecure_channel(server.address) as channel:
-        call = PreprocessServiceStub(channel).Process(preprocess_pb2.ProcessRequest())
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call.read()
-        assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
-        assert "Process" in caught.value.details()
 
 
 async def test_large_requests_are_worked_on_beside_the_loop(client: AsyncClient, checkpoint: Checkpoint) -> None:
