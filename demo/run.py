@@ -8,6 +8,7 @@ writes one HTML page with all there is to see: pictures, tiles, answers, tokens,
 from __future__ import annotations
 
 import argparse
+import asyncio
 import signal
 import sys
 from pathlib import Path
@@ -16,29 +17,37 @@ from demo.measuring.index import Question, read_index
 from demo.show.asking import Exchange, converse
 from demo.show.page import write_page
 from demo.show.services import serve
-from diptych.client import Client
+from diptych.client import AsyncClient
 
 DEMO = Path(__file__).resolve().parent
 PAGE = DEMO / "output" / "report.html"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 if every question was answered; 130 after Ctrl-C."""
+    """0 if every question was answered; 130 after Ctrl-C, SIGTERM or SIGHUP."""
     options = _parser().parse_args(argv)
-    # Ended by a terminal or a supervisor, the services must not outlive the demo either.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    questions = choose(read_index(DEMO / "held_out"), options.questions)
     try:
-        questions = choose(read_index(DEMO / "held_out"), options.questions)
-        with serve(options.model) as address, Client(address) as client:
-            exchanges = [converse(client, question) for question in questions]
-            print(f"\n{verdict(exchanges)}")
+        exchanges = asyncio.run(ask(options.model, questions))
         write_page(exchanges, options.model, options.output)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         print("\nstopped")
         return 130
     print(f"\nLook at it: {options.output.resolve().as_uri()}")
     return 0
+
+
+async def ask(model: Path, questions: list[Question]) -> list[Exchange]:
+    """Serve the model, ask everything, stop the services."""
+    # Ended by a terminal or a supervisor, the services must not outlive the demo either. asyncio does it for Ctrl-C.
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    async with serve(model) as address, AsyncClient(address) as client:
+        exchanges = [await converse(client, question) for question in questions]
+        print(f"\n{verdict(exchanges)}")
+    return exchanges
 
 
 def choose(questions: list[Question], number: int) -> list[Question]:
@@ -54,10 +63,6 @@ def verdict(exchanges: list[Exchange]) -> str:
     right = sum(exchange.is_right for exchange in exchanges)
     seconds = [turn.seconds for exchange in exchanges for turn in exchange.turns]
     return f"{right} of {len(exchanges)} right, {1000 * sum(seconds) / max(len(seconds), 1):.0f} ms per answer"
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,6 +16,8 @@ from pathlib import Path
 from environments import TORCH_FREE, torch_free
 from workspace import ROOT, VENV
 
+# As many processes as cores; a module's tests stay together, with the services that they share.
+PARALLEL = ("--numprocesses=auto", "--maxprocesses=8", "--dist=loadfile")
 TORCH_FREE_TESTS = ROOT / "tests" / "torch_free"
 
 
@@ -23,6 +25,8 @@ def run_pytest(title: str, python: Path, report: Path, *arguments: str | Path) -
     """One pytest run; its exit code."""
     print(f"\n=== {title}", flush=True)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    # The processes share the cores: more threads than one each would only hinder one another.
+    environment.setdefault("OMP_NUM_THREADS", "1")
     environment["DEVELOP_PYTHON"] = str(VENV / "bin" / "python")
     # Through the script, not `-m pytest`: that would put the clone before the installed packages.
     command = [python.with_name("pytest"), "-q", f"--junitxml={report}", *arguments]
@@ -46,7 +50,7 @@ def main() -> None:
     codes = []
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "develop.xml"
-        codes.append(run_pytest(".venv", VENV / "bin" / "python", report, "-m", "not gpu"))
+        codes.append(run_pytest(".venv", VENV / "bin" / "python", report, *PARALLEL, "-m", "not gpu"))
         totals += counts(report)
         for name in TORCH_FREE:
             report = Path(scratch) / f"{name}.xml"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from demo.measuring.index import Question
-from diptych.client import Chat, Client, Generation, Media, Message, Plan, Prompt
+from diptych.client import AsyncClient, Chat, Generation, Media, Message, Plan, Prompt
 
 MAX_TOKENS = 64
 DEADLINE_SECONDS = 60
@@ -52,14 +52,14 @@ class Exchange:
         return all(turn.is_right for turn in self.turns)
 
 
-def converse(client: Client, question: Question) -> Exchange:
+async def converse(client: AsyncClient, question: Question) -> Exchange:
     """Ask every turn, printing as it goes; a second question follows the model's own first answer."""
     print(f"\n{question.type} · {', '.join(path.name for path in question.pictures)}")
     turns: list[Answered] = []
     for number, turn in enumerate(question.turns):
         prompt = wording(question, [answered.answer for answered in turns], number)
         print(f"{CONTINUED}{turn.question}", flush=True)
-        turns.append(_answer(client, prompt, turn.question, turn.answer))
+        turns.append(await _answer(client, prompt, turn.question, turn.answer))
     return Exchange(question, turns)
 
 
@@ -74,20 +74,22 @@ def wording(question: Question, answers: Sequence[str], number: int) -> Prompt |
     return Chat(messages)
 
 
-def _answer(client: Client, prompt: Prompt | Chat, question: str, truth: str) -> Answered:
-    plan = client.plan(prompt)
+async def _answer(client: AsyncClient, prompt: Prompt | Chat, question: str, truth: str) -> Answered:
+    plan = await client.plan(prompt)
     print(f"{CONTINUED}→ ", end="", flush=True)
-    generation, first, seconds = _stream(client, prompt, lambda text: print(text, end="", flush=True))
+    generation, first, seconds = await _stream(client, prompt, lambda text: print(text, end="", flush=True))
     answered = Answered(question, truth, plan, generation, first, seconds)
     verdict = "right" if answered.is_right else f"wrong: {truth}"
     print(f"   [{verdict}; {1000 * seconds:.0f} ms]", flush=True)
     return answered
 
 
-def _stream(client: Client, prompt: Prompt | Chat, show: Callable[[str], object]) -> tuple[Generation, float, float]:
+async def _stream(
+    client: AsyncClient, prompt: Prompt | Chat, show: Callable[[str], object]
+) -> tuple[Generation, float, float]:
     """The answer, and the seconds to its first text and to its end."""
     generation, first, start = Generation(), 0.0, time.perf_counter()
-    for piece in client.stream(prompt, timeout=DEADLINE_SECONDS, temperature=0, max_tokens=MAX_TOKENS):
+    async for piece in client.stream(prompt, timeout=DEADLINE_SECONDS, temperature=0, max_tokens=MAX_TOKENS):
         generation.add(piece)
         show(piece.text)
         first = first or (time.perf_counter() - start if piece.text else 0.0)

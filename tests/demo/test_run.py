@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,15 @@ COMMAND = (sys.executable, "-u", "-m", "demo.run")
 TYPES = list(dict.fromkeys(question.type for question in read_index(DEMO_MODEL.parent / "held_out")))
 
 
-def started(*arguments: object) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """The demo as a process; killed if the test fails, so that it hinders no other."""
     command = [*COMMAND, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_every_type_is_asked_and_drawn(tmp_path: Path) -> None:
