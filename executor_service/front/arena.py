@@ -7,7 +7,6 @@ import os
 import sys
 import tempfile
 from bisect import bisect_left, insort
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -62,19 +61,6 @@ class Arena:
                 self._used.add(region)
                 return region
         return None
-
-    def split(self, region: Region, sizes: Sequence[int]) -> list[Region]:
-        """Turn one region into several, to be released one by one; the aligned sizes add up to the region's."""
-        parts, offset = [], region.offset
-        for size in sizes:
-            parts.append(Region(offset, aligned(size)))
-            offset = parts[-1].end
-        if offset != region.end:
-            raise ValueError(f"parts of {[part.num_bytes for part in parts]} bytes do not make up {region}")
-        if region.num_bytes:
-            self._used.remove(region)
-        self._used.update(part for part in parts if part.num_bytes)
-        return parts
 
     def release(self, region: Region) -> None:
         """Take a region back."""

@@ -170,14 +170,25 @@ class ItemStore:
         for hold in claim.holds:
             if (stored := self._find(hold)) is not None:
                 self._pin(hold, stored)
-        missing = self._follow([hold for hold in claim.holds if hold.stored is None])
-        region = self._take(sum(hold.num_bytes for hold in missing))
-        if region is None:
-            for hold in claim.holds:
-                self._let_go(hold)
+        if self._receive_missing(claim):
+            return True
+        for hold in claim.holds:
+            self._let_go(hold)
+        if self._receiving or len(self._unused) < len(self._stored):
             return False
-        for hold, part in zip(missing, self.arena.split(region, [hold.num_bytes for hold in missing]), strict=True):
-            self._receive_into(hold, part)
+        # What it found here lies in its own way, and nobody else will ever make room: it is sent once more.
+        while self._unused:
+            self._forget_oldest()
+        return self._receive_missing(claim)
+
+    def _receive_missing(self, claim: Claim) -> bool:
+        """Find room for whatever is not here and not on its way."""
+        missing = self._follow([hold for hold in claim.holds if hold.stored is None])
+        regions = self._take([hold.num_bytes for hold in missing])
+        if regions is None:
+            return False
+        for hold, region in zip(missing, regions, strict=True):
+            self._receive_into(hold, region)
         return True
 
     def _follow(self, holds: Sequence[ItemHold]) -> list[ItemHold]:
@@ -195,13 +206,23 @@ class ItemStore:
                 leader.followers.append(hold)
         return [hold for hold in holds if hold.leader is None]
 
-    def _take(self, num_bytes: int) -> Region | None:
-        """Room, by forgetting what nobody uses if need be."""
-        while (region := self.arena.take(num_bytes)) is None and self._unused:
-            digest, oldest = self._unused.popitem(last=False)
-            del self._stored[digest]
-            self.arena.release(oldest.region)
-        return region
+    def _take(self, sizes: Sequence[int]) -> list[Region] | None:
+        """Room for each or for none, by forgetting what nobody uses if need be."""
+        regions: list[Region] = []
+        for num_bytes in sizes:
+            while (region := self.arena.take(num_bytes)) is None and self._unused:
+                self._forget_oldest()
+            if region is None:
+                for taken in regions:
+                    self.arena.release(taken)
+                return None
+            regions.append(region)
+        return regions
+
+    def _forget_oldest(self) -> None:
+        digest, oldest = self._unused.popitem(last=False)
+        del self._stored[digest]
+        self.arena.release(oldest.region)
 
     def _receive_into(self, hold: ItemHold, region: Region) -> None:
         hold.region, hold.leader = region, None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -15,7 +14,7 @@ SIZE = 64 * ALIGNMENT
 
 
 class ArenaMachine(RuleBasedStateMachine):
-    """Regions taken, split and released at random."""
+    """Regions taken and released at random."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,14 +37,6 @@ class ArenaMachine(RuleBasedStateMachine):
             assert region.num_bytes == aligned(num_bytes)
             self.regions.append(region)
 
-    @rule(sizes=st.lists(st.integers(0, 3000), max_size=5))
-    def take_and_split(self, sizes: list[int]) -> None:
-        region = self.arena.take(sum(aligned(size) for size in sizes))
-        if region is not None:
-            parts = self.arena.split(region, sizes)
-            assert [part.num_bytes for part in parts] == [aligned(size) for size in sizes]
-            self.regions += parts
-
     @rule(index=st.integers(0, 100))
     def release(self, index: int) -> None:
         if self.regions:
@@ -67,13 +58,3 @@ class ArenaMachine(RuleBasedStateMachine):
 
 ArenaMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestArena = ArenaMachine.TestCase
-
-
-def test_parts_must_make_up_the_region() -> None:
-    arena = Arena(SIZE)
-    region = arena.take(4 * ALIGNMENT)
-    assert region is not None
-    with pytest.raises(ValueError, match="do not make up"):
-        arena.split(region, [ALIGNMENT, ALIGNMENT])
-    arena.release(region)
-    arena.close()

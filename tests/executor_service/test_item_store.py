@@ -172,6 +172,36 @@ def test_a_large_claim_is_not_overtaken_and_holds_nothing_while_it_waits(store: 
     assert small.is_placed
 
 
+def test_a_claim_is_not_kept_out_by_what_it_found(store: ItemStore) -> None:
+    """Its one stored item lies in the middle, and the rest fits on neither side: it is received anew."""
+    neighbour, middle = receive(store, ALICE, "neighbour", 5), receive(store, ALICE, "middle", 2)
+    claim = claim_for(store, ALICE, [("middle", 2), ("large", 8)])
+    store.withdraw(middle.claim)
+    assert not claim.is_placed
+    store.withdraw(neighbour.claim)
+    assert [hold.is_missing for hold in claim.holds] == [True, True]
+    store.check_integrity(claim.holds)
+
+
+def test_what_it_found_stays_while_others_may_make_room(store: ItemStore) -> None:
+    kept, other = receive(store, ALICE, "kept", 2), receive(store, ALICE, "other", 5)
+    claim = claim_for(store, ALICE, [("kept", 2), ("large", 8)])
+    store.withdraw(kept.claim)
+    assert not claim.is_placed
+    store.withdraw(other.claim)
+    assert claim.is_placed
+    assert [hold.is_missing for hold in claim.holds] == [False, True]
+    store.check_integrity(claim.holds)
+
+
+def test_room_taken_for_some_items_is_given_back_with_the_others(store: ItemStore) -> None:
+    running = receive(store, ALICE, "running", 6)
+    claim = claim_for(store, ALICE, [("small", 4), ("large", 8)])
+    assert not claim.is_placed
+    store.check_integrity([*running.holds, *claim.holds])
+    assert store.arena.num_used_bytes == 6 * ALIGNMENT
+
+
 class StoreMachine(RuleBasedStateMachine):
     """Requests of two peers claim, receive and end in any order."""
 
