@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import host, served, split, telemetry, token_stream
+from benchmarks import host, served, shared_stream, split, telemetry, token_stream
 
-BENCHMARKS = (host, token_stream, telemetry, split, served)
+BENCHMARKS = (host, token_stream, shared_stream, telemetry, split, served)
 
 
 def main(argv: list[str]) -> int:

@@ -15,17 +15,17 @@ IMAGE_SIZE = 112
 PATCH_SIZE = 14
 
 
-def make_random_llava(path: Path, is_small: bool = False) -> Path:
+def make_random_llava(path: Path, is_small: bool = False, image_size: int = IMAGE_SIZE) -> Path:
     """Write the checkpoint directory: a Llama of 30 layers x 576 with tied embeddings, and a small CLIP tower.
 
-    `is_small` makes both tiny, for trying a benchmark out.
+    `is_small` makes the language model tiny, for trying a benchmark out or where no model runs.
     """
     path.mkdir(parents=True)
     layers, width, inner, vocabulary = (2, 192, 256, 512) if is_small else (30, 576, 1536, 49152)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=3,
-            image_size=IMAGE_SIZE, patch_size=PATCH_SIZE,
+            image_size=image_size, patch_size=PATCH_SIZE,
         ),
         text_config=LlamaConfig(
             hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=width // 64,
@@ -41,7 +41,7 @@ def make_random_llava(path: Path, is_small: bool = False) -> Path:
     config.save_pretrained(path)
     write_weights(path, random_weights(config, seed=0), "new", shards=1)
     write_tokenizer(path)
-    write_json(path / "preprocessor_config.json", processor_config("clip", IMAGE_SIZE))
+    write_json(path / "preprocessor_config.json", processor_config("clip", image_size))
     return path
 
 

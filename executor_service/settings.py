@@ -23,6 +23,10 @@ class ExecutorSettings(ServiceSettings):
     dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = Field(
         "auto", description="of weights and activations; auto: float32 on CPU, the checkpoint's own on a GPU"
     )
+    decoder: Literal["auto", "fused", "stock"] = Field(
+        "auto", description="fused: our own loop over the language model's layers, for the shapes it knows; "
+        "stock: transformers'; auto: fused where possible",
+    )  # fmt: skip
     max_model_len: int | None = Field(None, ge=2, description="prompt and output tokens of one request; model's own")
     max_num_seqs: int = Field(64, ge=1, le=4096, description="requests in one batch")
     max_num_batched_tokens: int = Field(2048, ge=1, description="tokens in one engine step")
@@ -61,6 +65,7 @@ class ExecutorSettings(ServiceSettings):
             limits=self.limits,
             device=self.device,
             dtype=self.dtype,
+            decoder=self.decoder,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,

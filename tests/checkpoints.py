@@ -18,13 +18,14 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     MistralConfig,
+    Qwen2Config,
     SiglipVisionConfig,
 )
 
 from tests.tiny_checkpoint import LIST_TEMPLATE, make_tokenizer
 
 TOWERS: Final = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
-LANGUAGES: Final = {"llama": LlamaConfig, "mistral": MistralConfig}
+LANGUAGES: Final = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 NUM_TOKENS: Final = 320
 VOCAB_SIZE: Final = 328
 """Rows of the embedding: a few more than the tokenizer has tokens, as in real checkpoints."""
@@ -62,7 +63,7 @@ def make_llava_checkpoint(
     path: Path,
     *,
     tower: Literal["clip", "siglip"] = "clip",
-    language: Literal["llama", "mistral"] = "llama",
+    language: Literal["llama", "mistral", "qwen2"] = "llama",
     image_size: int = 56,
     patch_size: int = 14,
     select_strategy: Literal["default", "full"] = "default",
@@ -85,7 +86,12 @@ def make_llava_checkpoint(
     `pinpoints` (canvas sizes, height and width) makes it a LLaVA-NeXT.
     """
     path.mkdir(parents=True, exist_ok=True)
-    text = {"sliding_window": sliding_window} if language == "mistral" else {}
+    windows = {
+        "llama": {},
+        "mistral": {"sliding_window": sliding_window},
+        # Of its two layers the second has the window.
+        "qwen2": {"use_sliding_window": True, "sliding_window": sliding_window, "max_window_layers": 1},
+    }
     config_class = LlavaConfig if pinpoints is None else LlavaNextConfig
     name = config_class.__name__.replace("Config", "ForConditionalGeneration")
     anyres = {} if pinpoints is None else {"image_grid_pinpoints": pinpoints}
@@ -97,7 +103,7 @@ def make_llava_checkpoint(
         text_config=LANGUAGES[language](
             hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             vocab_size=VOCAB_SIZE, max_position_embeddings=max_positions, tie_word_embeddings=tie, bos_token_id=1,
-            eos_token_id=2, **text,
+            eos_token_id=2, **windows[language],
         ),
         image_token_index=3,
         vision_feature_select_strategy=select_strategy,

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from transformers import GenerationConfig
@@ -174,7 +174,18 @@ def _load_model(
             report(BootProgress("load_model", min(fraction, 0.999), num_bytes=done))
 
     model = load_model(family, _keyword_names(family), device, dtype, progress)
+    if config.decoder != "stock":
+        _fuse_decoder(model, is_required=config.decoder == "fused")
     return ModelRunner(model, device, dtype, config.block_size, _eos_token_ids(family.ctx))
+
+
+def _fuse_decoder(model: Any, is_required: bool) -> None:
+    is_fused = hasattr(model, "fuse_decoder") and model.fuse_decoder()
+    if is_required and not is_fused:
+        raise CheckpointError(
+            f"--decoder fused: {type(model).__name__} has no decoder of a shape that the fused path knows; "
+            "use --decoder auto"
+        )
 
 
 def _keyword_names(family: ModelFamily) -> tuple[str, ...]:

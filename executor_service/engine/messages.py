@@ -28,6 +28,7 @@ class EngineConfig:
     limits: MediaLimits = field(default_factory=MediaLimits)
     device: str = "auto"
     dtype: str = "auto"
+    decoder: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048

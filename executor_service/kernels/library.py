@@ -11,7 +11,23 @@ NAMESPACE: Final = "diptych"
 _LIBRARY: Final = torch.library.Library(NAMESPACE, "DEF")
 
 
-def define_op(schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+class Op:
+    """One op: called, it goes through torch's dispatcher, as a model written against it does."""
+
+    def __init__(self, name: str, cpu: Callable[..., Any]) -> None:
+        self._overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        self._implementations = {"cpu": cpu}
+
+    def __call__(self, *arguments: Any) -> Any:
+        """What the schema says."""
+        return self._overload(*arguments)
+
+    def direct(self, device_type: str) -> Callable[..., Any]:
+        """The implementation itself: a loop that calls it thousands of times a second saves the dispatcher's share."""
+        return self._implementations[device_type]
+
+
+def define_op(schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Op:
     """Define `diptych::name` from a schema such as `"scale(Tensor x, float by) -> Tensor"`; returns the op.
 
     `cpu` is the reference implementation, `fake` computes shapes and dtypes alone.
@@ -20,4 +36,4 @@ def define_op(schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any])
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    return Op(name, cpu)

@@ -16,7 +16,7 @@ def normalize(tensor: Tensor, table: Tensor, channel_axis: int, dtype: torch.dty
     `table` is float32 [num_channels, 256]; it holds what transformers computes for each level, so the
     result equals its rescale and normalise bit for bit (in float32).
     """
-    result: Tensor = _OP(tensor, table, channel_axis, dtype)
+    result: Tensor = NORMALIZE(tensor, table, channel_axis, dtype)
     return result
 
 
@@ -34,6 +34,6 @@ def _fake(tensor: Tensor, table: Tensor, channel_axis: int, dtype: torch.dtype) 
     return torch.empty_like(tensor, dtype=dtype)
 
 
-_OP: Final = define_op(
+NORMALIZE: Final = define_op(
     "normalize(Tensor tensor, Tensor table, int channel_axis, ScalarType dtype) -> Tensor", cpu=_cpu, fake=_fake
 )

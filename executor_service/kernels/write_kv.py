@@ -15,7 +15,7 @@ def write_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_
 
     Slot s is token s % block_size of block s // block_size. Slots are unique within a call.
     """
-    _OP(key, value, k_cache, v_cache, slot_mapping)
+    WRITE_KV(key, value, k_cache, v_cache, slot_mapping)
 
 
 def _cpu(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -27,7 +27,7 @@ def _fake(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_map
     torch._check(key.shape == value.shape)
 
 
-_OP: Final = define_op(
+WRITE_KV: Final = define_op(
     "write_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()",
     cpu=_cpu,
     fake=_fake,

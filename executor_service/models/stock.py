@@ -1,6 +1,7 @@
-"""The stock path: transformers' own modules, with attention over our paged KV cache.
+"""transformers' own modules, with attention over our paged KV cache.
 
-Reaches every family and is the reference for faster paths.
+The stock path, which reaches every family and is the reference. Where `models.fused` knows the decoder, its fused twin
+runs instead, if asked for.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from executor_service.layers.attention import IMPLEMENTATION
+from executor_service.models.fused import FusedDecoder
 from registry import InputContext
 
 
@@ -25,6 +27,7 @@ class StockModel(nn.Module):
         self.hf = self.hf_class(ctx.model_config)
         towers = dict.fromkeys(self.hf.config.sub_configs, "sdpa")
         self.hf.set_attn_implementation({**towers, "text_config": IMPLEMENTATION})
+        self.fused_decoder: FusedDecoder | None = None
         self.softcap = getattr(ctx.text_config, "final_logit_softcapping", None)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -34,6 +37,8 @@ class StockModel(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor, **adapter: Any) -> Tensor:
         """One flattened batch through the decoder: [T, hidden] -> [T, hidden]."""
+        if self.fused_decoder is not None and not adapter:
+            return self.fused_decoder(inputs_embeds, positions)
         outputs = self.hf.model.language_model(
             inputs_embeds=inputs_embeds[None], position_ids=positions[None], use_cache=False, **adapter
         )
@@ -46,6 +51,11 @@ class StockModel(nn.Module):
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+    def fuse_decoder(self) -> bool:
+        """From now on run the decoder's fused twin, if it has one; once, after the weights are loaded."""
+        self.fused_decoder = FusedDecoder.of(self.hf.model.language_model)
+        return self.fused_decoder is not None
 
     def initialize_buffers(self) -> None:
         """Give buffers that no checkpoint holds (rotary frequencies, position ids) their values."""

@@ -26,9 +26,9 @@ def mixed_requests(bench: Bench, count: int, **sampling: object) -> list[Request
     return requests
 
 
-@pytest.fixture(scope="module")
-def bench(checkpoint, reference) -> Bench:
-    return Bench(checkpoint, boot_engine(checkpoint), reference)
+@pytest.fixture(scope="module", params=["fused", "stock"])
+def bench(request, checkpoint, reference) -> Bench:
+    return Bench(checkpoint, boot_engine(checkpoint, decoder=request.param), reference)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 16])
@@ -90,15 +90,18 @@ def test_cancel_frees_every_block_before_the_next_step(bench: Bench) -> None:
     [
         {"tower": "siglip", "processor": "siglip", "select_strategy": "full"},
         {"language": "mistral", "sliding_window": 24},
+        {"language": "qwen2", "sliding_window": 24},
         {"feature_layer": [-2, -1]},
         {"select_strategy": "full", "tie": True},
         {"layout": "old", "shards": 3},
     ],
     ids=lambda variant: "-".join(map(str, variant.values())),
 )
-def test_family_variants_equal_generate(tmp_path, variant: dict) -> None:
+@pytest.mark.parametrize("decoder", ["fused", "stock"])
+def test_family_variants_equal_generate(tmp_path, variant: dict, decoder: str) -> None:
     checkpoint = make_llava_checkpoint(tmp_path / "model", **variant)
-    bench = Bench(checkpoint, boot_engine(checkpoint, max_num_batched_tokens=40), load_reference(checkpoint))
+    booted = boot_engine(checkpoint, max_num_batched_tokens=40, decoder=decoder)
+    bench = Bench(checkpoint, booted, load_reference(checkpoint))
     requests = mixed_requests(bench, 4)
     outputs = bench.run(requests)
     for request in requests:
@@ -187,7 +190,12 @@ class TestNegativeControls:
         assert self.outputs_differ(bench)
 
     def test_keys_not_written(self, bench: Bench, monkeypatch) -> None:
-        monkeypatch.setattr(attention, "write_kv", lambda *args: None)
+        decoder = bench.engine.runner.model.fused_decoder
+        if decoder is None:
+            monkeypatch.setattr(attention, "write_kv", lambda *args: None)
+        else:
+            write = decoder._rotary_write_kv
+            monkeypatch.setattr(decoder, "_rotary_write_kv", lambda *args: write(*args[:5], torch.zeros_like(args[5])))
         assert self.outputs_differ(bench)
 
 

@@ -8,6 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executor_service.kernels.paged_attention import paged_attention
+from executor_service.kernels.rms_norm import add_rms_norm, rms_norm
+from executor_service.kernels.rotary_write_kv import rotary_write_kv
+from executor_service.kernels.silu_mul import silu_mul
 from executor_service.kernels.write_kv import write_kv
 
 
@@ -90,3 +93,81 @@ def test_ops_are_registered_properly(dtype) -> None:
     torch.library.opcheck(
         torch.ops.diptych.write_kv.default, (key, key.clone(), k_cache, v_cache, torch.tensor([0, 5, 11]))
     )
+    x, weight = torch.randn(5, 12).to(dtype), torch.randn(12).to(dtype)
+    torch.library.opcheck(torch.ops.diptych.rms_norm.default, (x, weight, 1e-5))
+    torch.library.opcheck(torch.ops.diptych.add_rms_norm.default, (x, x.clone(), weight, 1e-5))
+    torch.library.opcheck(torch.ops.diptych.silu_mul.default, (x,))
+    qkv, angles = torch.randn(3, (4 + 2 * 2) * 8).to(dtype), torch.randn(3, 8).to(dtype)
+    torch.library.opcheck(
+        torch.ops.diptych.rotary_write_kv.default,
+        (qkv, angles.cos(), angles.sin(), k_cache, v_cache, torch.tensor([0, 5, 11])),
+    )
+
+
+DTYPES = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 2**-7}
+"""And the error that each is allowed, relative to the largest value: normalising is always float32 inside."""
+
+
+def close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compares with a float64 reference."""
+    assert got.shape == expected.shape
+    error = (got.double() - expected).abs().max() if got.numel() else torch.tensor(0.0)
+    assert error <= DTYPES[got.dtype] * max(expected.abs().max().item() if got.numel() else 0.0, 1.0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 9), st.sampled_from([2, 8, 30]), st.sampled_from(list(DTYPES)), st.sampled_from([1e-5, 1e-6]),
+    st.integers(0, 2**16),
+)  # fmt: skip
+def test_rms_norm_equals_its_formula(num_tokens, width, dtype, epsilon, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, residual = torch.randn(2, num_tokens, width, generator=generator).to(dtype)
+    weight = torch.randn(width, generator=generator).to(dtype)
+
+    def formula(rows: torch.Tensor) -> torch.Tensor:
+        rows = rows.double()
+        return weight.double() * rows / (rows.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()
+
+    close(rms_norm(x, weight, epsilon), formula(x))
+    total = x + residual
+    close(add_rms_norm(x, residual, weight, epsilon), formula(total))
+    assert torch.equal(residual, total), "the sum is left in place"
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 9), st.sampled_from([1, 8, 30]), st.sampled_from(list(DTYPES)), st.integers(0, 2**16))
+def test_silu_mul_equals_its_formula(num_tokens, width, dtype, seed) -> None:
+    gate_up = (3 * torch.randn(num_tokens, 2 * width, generator=torch.Generator().manual_seed(seed))).to(dtype)
+    before = gate_up.clone()
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    close(silu_mul(gate_up), gate / (1 + (-gate).exp()) * up)
+    assert torch.equal(gate_up, before), "the input is left alone"
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 9), st.sampled_from([(1, 1), (4, 2), (3, 3)]), st.sampled_from([2, 8]), st.sampled_from([1, 4]),
+    st.sampled_from(list(DTYPES)), st.integers(0, 2**16),
+)  # fmt: skip
+def test_rotary_write_kv_turns_pairs_and_stores(num_tokens, heads, dim, block_size, dtype, seed) -> None:
+    """Against complex numbers: element i and element i + D / 2 are a point that the angle turns."""
+    generator = torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads = heads
+    qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, dim, generator=generator).to(dtype)
+    angles = torch.randn(num_tokens, dim // 2, generator=generator, dtype=torch.float64)
+    cos, sin = (torch.cat([table, table], dim=-1).to(dtype) for table in (angles.cos(), angles.sin()))
+    k_cache, v_cache = (torch.full((12, block_size, num_kv_heads, dim), 7.0).to(dtype) for _ in "kv")
+    slots = torch.randperm(12 * block_size, generator=generator)[:num_tokens]
+    query = rotary_write_kv(qkv.flatten(1), cos, sin, k_cache, v_cache, slots)
+
+    turns = torch.complex(cos.double(), sin.double())[:, None, : dim // 2]
+    points = torch.complex(*qkv.double().chunk(2, dim=-1)) * turns
+    turned = torch.cat([points.real, points.imag], dim=-1)
+    close(query, turned[:, :num_heads])
+    keys, values = (cache.view(-1, num_kv_heads, dim) for cache in (k_cache, v_cache))
+    close(keys[slots], turned[:, num_heads : num_heads + num_kv_heads])
+    assert torch.equal(values[slots], qkv[:, num_heads + num_kv_heads :])
+    others = torch.ones(12 * block_size, dtype=torch.bool).index_fill_(0, slots, False)
+    assert (keys[others] == 7).all()
+    assert (values[others] == 7).all()

@@ -1,0 +1,143 @@
+"""The fused path: our own loop over a Llama-shaped decoder, with fewer and larger operations than the stock one.
+
+Reads weights and configuration from transformers' module and shares its memory: query, key and value matrices become
+one, gate and up matrices another, and the module's own parameters views of them. So the stock path stays its twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor, nn
+from transformers import LlamaModel, MistralModel, Qwen2Model
+
+from executor_service.kernels.paged_attention import PAGED_ATTENTION
+from executor_service.kernels.rms_norm import ADD_RMS_NORM, RMS_NORM
+from executor_service.kernels.rotary_write_kv import ROTARY_WRITE_KV
+from executor_service.kernels.silu_mul import SILU_MUL
+from executor_service.layers.context import current_context
+
+WINDOWS: Final[dict[type, Callable[[Any], int | None]]] = {
+    LlamaModel: lambda attention: None,
+    MistralModel: lambda attention: attention.config.sliding_window,
+    Qwen2Model: lambda attention: attention.sliding_window,
+}
+"""Decoders whose layers are norm, rotary attention, norm and SiLU-gated MLP, and where each has its sliding window.
+
+A subclass may differ, so none is taken.
+"""
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """`weight` [out, in], `bias` [out] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class _Norm:
+    weight: Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's weights; `sliding_window` 0: none."""
+
+    attention_norm: _Norm
+    qkv: _Linear
+    output: _Linear
+    mlp_norm: _Norm
+    gate_up: _Linear
+    down: _Linear
+    scale: float
+    sliding_window: int
+
+
+class FusedDecoder:
+    """Embeddings in, hidden states out, as the decoder it was made of."""
+
+    def __init__(self, layers: Sequence[_Layer], norm: _Norm, rotary: nn.Module) -> None:
+        self._layers = layers
+        self._norm = norm
+        self._rotary: Any = rotary
+        device = norm.weight.device.type
+        self._rms_norm, self._add_rms_norm = RMS_NORM.direct(device), ADD_RMS_NORM.direct(device)
+        self._rotary_write_kv, self._attention = ROTARY_WRITE_KV.direct(device), PAGED_ATTENTION.direct(device)
+        self._silu_mul = SILU_MUL.direct(device)
+
+    @classmethod
+    def of(cls, decoder: nn.Module) -> Self | None:
+        """The twin of a loaded decoder, which goes on working; None for one of another shape."""
+        model: Any = decoder
+        if type(model) not in WINDOWS or model.config.hidden_act != "silu":
+            return None
+        window_of = WINDOWS[type(model)]
+        layers = [_fuse(layer, window_of) for layer in model.layers[: model.config.num_hidden_layers]]
+        return cls(layers, _norm(model.norm), model.rotary_emb)
+
+    def __call__(self, inputs_embeds: Tensor, positions: Tensor) -> Tensor:
+        """[T, hidden], [T] -> [T, hidden]."""
+        context = current_context()
+        batch = context.metadata
+        cos, sin = (table[0] for table in self._rotary(inputs_embeds, positions[None]))
+        residual = inputs_embeds.clone()
+        norm = self._layers[0].attention_norm
+        hidden = self._rms_norm(residual, norm.weight, norm.epsilon)
+        for index, layer in enumerate(self._layers):
+            keys, values = context.kv_caches[index].keys, context.kv_caches[index].values
+            query = self._rotary_write_kv(layer.qkv(hidden), cos, sin, keys, values, batch.slot_mapping)
+            attended = self._attention(
+                query, keys, values, batch.block_tables, batch.cu_seqlens, batch.seq_lens, layer.scale,
+                layer.sliding_window, 0.0,
+            )  # fmt: skip
+            hidden = self._add_norm(layer.output(attended.flatten(1)), residual, layer.mlp_norm)
+            hidden = layer.down(self._silu_mul(layer.gate_up(hidden)))
+            is_last = index + 1 == len(self._layers)
+            hidden = self._add_norm(hidden, residual, self._norm if is_last else self._layers[index + 1].attention_norm)
+        return hidden
+
+    def _add_norm(self, x: Tensor, residual: Tensor, norm: _Norm) -> Tensor:
+        result: Tensor = self._add_rms_norm(x, residual, norm.weight, norm.epsilon)
+        return result
+
+
+def _fuse(layer: Any, window_of: Callable[[Any], int | None]) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return _Layer(
+        _norm(layer.input_layernorm),
+        _merge((attention.q_proj, attention.k_proj, attention.v_proj)),
+        _Linear(attention.o_proj.weight, attention.o_proj.bias),
+        _norm(layer.post_attention_layernorm),
+        _merge((mlp.gate_proj, mlp.up_proj)),
+        _Linear(mlp.down_proj.weight, mlp.down_proj.bias),
+        attention.scaling,
+        window_of(attention) or 0,
+    )
+
+
+def _norm(module: Any) -> _Norm:
+    return _Norm(module.weight, module.variance_epsilon)
+
+
+def _merge(linears: Sequence[nn.Linear]) -> _Linear:
+    """One matrix of several with the same input, whose parameters become its rows."""
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = torch.cat([linear.bias for linear in linears]) if linears[0].bias is not None else None
+    begin = 0
+    for linear in linears:
+        end = begin + linear.out_features
+        linear.weight = nn.Parameter(weight[begin:end], requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias[begin:end], requires_grad=False)
+        begin = end
+    return _Linear(weight, bias)

@@ -1,0 +1,110 @@
+"""The fused decoder: a twin of the stock one, in the same memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from executor_service.engine.boot import boot
+from executor_service.engine.messages import EngineConfig
+from executor_service.layers.context import AttentionMetadata, KVCache, forward_context
+from executor_service.models.fused import FusedDecoder
+from registry.errors import CheckpointError
+from tests.checkpoints import make_llava_checkpoint
+from tests.executor_service.conftest import boot_engine
+from tests.plugins.checkpoints import make_patchwork
+
+LENGTHS, CHUNKS = (9, 30, 17), (1, 30, 6)
+BLOCK_SIZE, NUM_BLOCKS = 4, 40
+
+
+@pytest.fixture(params=["llama", "mistral", "qwen2"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    checkpoint = make_llava_checkpoint(tmp_path / "model", language=request.param, sliding_window=7)
+    return boot_engine(checkpoint, decoder="stock").engine.runner.model
+
+
+def batch(seed: int) -> tuple[AttentionMetadata, torch.Tensor, torch.Tensor]:
+    """A decode, a whole prompt and a chunk with random embeddings and shuffled blocks; and their positions."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randperm(NUM_BLOCKS, generator=generator)[: 3 * 8].view(3, 8)
+    places = torch.cat([torch.arange(end - size, end) for end, size in zip(LENGTHS, CHUNKS, strict=True)])
+    rows = torch.repeat_interleave(torch.arange(3), torch.tensor(CHUNKS))
+    metadata = AttentionMetadata(
+        slot_mapping=blocks[rows, places // BLOCK_SIZE] * BLOCK_SIZE + places % BLOCK_SIZE,
+        cu_seqlens=torch.tensor([0, *torch.tensor(CHUNKS).cumsum(0)]),
+        seq_lens=torch.tensor(LENGTHS),
+        block_tables=blocks,
+    )
+    return metadata, torch.randn(sum(CHUNKS), 64, generator=generator, dtype=torch.float64), places
+
+
+def run(model: Any, seed: int) -> tuple[torch.Tensor, list[KVCache]]:
+    """Hidden states and the caches that were written."""
+    metadata, embeddings, places = batch(seed)
+    generator = torch.Generator().manual_seed(1)
+    shape = (NUM_BLOCKS, BLOCK_SIZE, 2, 16)
+    caches = [KVCache(*(torch.randn(shape, generator=generator, dtype=torch.float64) for _ in "kv")) for _ in range(2)]
+    with torch.inference_mode(), forward_context(metadata, caches):
+        return model(torch.zeros(len(places), dtype=torch.int64), places, embeddings), caches
+
+
+def test_twins(model: Any) -> None:
+    stock, stock_caches = run(model, 0)
+    assert model.fuse_decoder()
+    fused, fused_caches = run(model, 0)
+    torch.testing.assert_close(fused, stock, atol=1e-6, rtol=1e-6)
+    for one, other in zip(fused_caches, stock_caches, strict=True):
+        torch.testing.assert_close(one.keys, other.keys, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(one.values, other.values, atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(run(model, 1)[0], fused)
+
+
+def test_the_stock_decoder_goes_on_in_the_same_memory(model: Any) -> None:
+    before, _ = run(model, 0)
+    num_bytes = sum(p.untyped_storage().nbytes() for p in unique_storages(model))
+    assert model.fuse_decoder()
+    assert sum(p.untyped_storage().nbytes() for p in unique_storages(model)) == num_bytes
+    layer = model.hf.model.language_model.layers[0]
+    merged = model.fused_decoder._layers[0].qkv.weight
+    assert layer.self_attn.k_proj.weight.untyped_storage().data_ptr() == merged.untyped_storage().data_ptr()
+    model.fused_decoder = None
+    after, _ = run(model, 0)
+    assert torch.equal(after, before)
+
+
+def unique_storages(model: Any) -> list[torch.Tensor]:
+    return list({p.untyped_storage().data_ptr(): p for p in model.parameters()}.values())
+
+
+def test_inputs_are_left_alone(model: Any) -> None:
+    assert model.fuse_decoder()
+    metadata, embeddings, places = batch(0)
+    before = embeddings.clone()
+    shape = (NUM_BLOCKS, BLOCK_SIZE, 2, 16)
+    caches = [KVCache(*(torch.zeros(shape, dtype=torch.float64) for _ in "kv")) for _ in range(2)]
+    with torch.inference_mode(), forward_context(metadata, caches):
+        model(places, places, embeddings)
+    assert torch.equal(embeddings, before)
+
+
+def test_other_shapes_are_not_taken(model: Any) -> None:
+    decoder = model.hf.model.language_model
+    decoder.config.hidden_act = "gelu"
+    assert FusedDecoder.of(decoder) is None
+
+    class Other(type(decoder)):
+        """A subclass may compute anything."""
+
+    decoder.config.hidden_act = "silu"
+    decoder.__class__ = Other
+    assert FusedDecoder.of(decoder) is None
+
+
+def test_what_cannot_be_fused_must_not_be_asked_for(tmp_path: Path) -> None:
+    config = EngineConfig(model_dir=make_patchwork(tmp_path), plugins=("tests.plugins.patchwork",), decoder="fused")
+    with pytest.raises(CheckpointError, match=r"--decoder fused: .* has no decoder of a shape .*use --decoder auto"):
+        boot(config, lambda progress: None)
