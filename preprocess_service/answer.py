@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diptych.v1 import executor_pb2, tensor_pb2
-from preprocess_service.requests import Delta, Ended, Plan
+from preprocess_service.requests import Delta, Ended, MappedItem, Plan
 from preprocess_service.tokens import IncrementalDetokenizer, StopStrings, TextTokenizer
 
 
@@ -34,10 +34,10 @@ class Answer:
             delta.logprobs.append(logprobs)
         delta.text += self._feed(self._detokenizer.step(token_id))
 
-    def add_times(self, decode_seconds: float, map_seconds: float) -> None:
+    def add_times(self, mapped: MappedItem) -> None:
         """Count one item's work; items are worked on in parallel, so the sums may exceed the clock."""
-        self.decode_seconds = (self.decode_seconds or 0.0) + decode_seconds
-        self.map_seconds = (self.map_seconds or 0.0) + map_seconds
+        self.decode_seconds = (self.decode_seconds or 0.0) + mapped.decode_seconds
+        self.map_seconds = (self.map_seconds or 0.0) + mapped.map_seconds
 
     def complete(self, completion: executor_pb2.Completion) -> Ended:
         """The end as the executor saw it, with the text that was held back."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Final
@@ -17,7 +16,6 @@ from typing import Final
 from diptych.service.errors import (
     DeadlineError,
     DiptychError,
-    InternalError,
     InvalidInputError,
     OverloadedError,
     UnavailableError,
@@ -48,8 +46,8 @@ from preprocess_service.requests import (
     Prompt,
     TensorPiece,
 )
+from preprocess_service.sending import ItemSender
 
-LOG = logging.getLogger("diptych.preprocess")
 RETRY_AFTER: Final = 0.5
 INLINE_TEXT: Final = 16 * 1024
 """Texts up to so many characters are tokenized on the event loop; a thread would cost more than the work."""
@@ -193,20 +191,26 @@ class Pipeline:
         with stage("execute", is_remote=True):
             start = make_start(call, plan, self._checkpoint.fingerprint.digest)
             with executor.request(start) as remote:
-                async for piece in self._answer(call, plan, remote):
-                    yield piece
+                answer = Answer(self._checkpoint.tokenizer, call.stop, plan, call.sampling.min_tokens)
+                sender = ItemSender(plan, self._media, executor, remote, answer.add_times)
+                try:
+                    sender.begin()
+                    async for piece in self._answer(call, answer, sender, remote):
+                        yield piece
+                finally:
+                    sender.cancel()
 
-    async def _answer(self, call: GenerateCall, plan: Plan, remote: RemoteRequest) -> AsyncIterator[Delta | Ended]:
-        answer = Answer(self._checkpoint.tokenizer, call.stop, plan, call.sampling.min_tokens)
-        senders: list[asyncio.Task[None]] = []
-        timer = remote.fail_after(call.deadline.time_left, lambda: _late(senders))
+    async def _answer(
+        self, call: GenerateCall, answer: Answer, sender: ItemSender, remote: RemoteRequest
+    ) -> AsyncIterator[Delta | Ended]:
+        timer = remote.fail_after(call.deadline.time_left, lambda: _late(sender))
         try:
             while True:
                 delta = Delta()
                 ended: Ended | None = None
                 for event in await remote.next_events():
                     if isinstance(event, MissingItems):
-                        senders.append(asyncio.create_task(self._send_items(event.indices, plan, remote, answer)))
+                        sender.send(event.indices)
                     elif isinstance(event, PromptScores):
                         delta.prompt_logprobs += event.logprobs
                     elif isinstance(event, TokenOutput):
@@ -223,33 +227,8 @@ class Pipeline:
                     yield ended
                     return
         finally:
-            for sender in senders:
-                sender.cancel()
             if timer is not None:
                 timer.cancel()
-
-    async def _send_items(self, indices: Sequence[int], plan: Plan, remote: RemoteRequest, answer: Answer) -> None:
-        """Every missing item as soon as it is ready; the first failure ends the request."""
-        tasks = [asyncio.create_task(self._send_item(index, plan, remote, answer)) for index in indices]
-        try:
-            await asyncio.gather(*tasks)
-        except DiptychError as error:
-            remote.fail(error)
-        except Exception:
-            LOG.exception("unexpected error while decoding or mapping")
-            remote.fail(InternalError("internal error; the server's log has the details", stage="decode"))
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    async def _send_item(self, index: int, plan: Plan, remote: RemoteRequest, answer: Answer) -> None:
-        if index >= len(plan.items):
-            raise InternalError(f"the executor asks for item {index} of {len(plan.items)}", stage="decode")
-        item = plan.items[index]
-        _, mapped = await self._load(item, index)
-        answer.add_times(mapped.decode_seconds, mapped.map_seconds)
-        for tensor_index, name in enumerate(item.tensors):
-            remote.send_tensor(index, tensor_index, mapped.tensors[name])
 
     async def _load(self, item: PlannedItem, index: int) -> tuple[int, MappedItem]:
         return index, item.mapped or await self._media.load(item, index)
@@ -279,8 +258,8 @@ def _tensor_pieces(index: int, item: PlannedItem, mapped: MappedItem) -> Iterato
             yield TensorPiece(index, tensor_index, chunk.offset, chunk.data)
 
 
-def _late(senders: Sequence[asyncio.Task[None]]) -> DiptychError:
-    where = "generate" if all(sender.done() for sender in senders) else "decode"
+def _late(sender: ItemSender) -> DiptychError:
+    where = "generate" if sender.is_done else "decode"
     return DeadlineError(f"the deadline passed in stage {where!r}", stage=where)
 
 

@@ -30,13 +30,14 @@ class Live:
     stream: int
     received: list[list[bytearray]]
     num_unacknowledged: int = 0
+    held: frozenset[int] = frozenset()
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def is_complete(self) -> bool:
         return all(
-            len(data) == tensor.chunks.total_bytes
-            for item, parts in zip(self.start.items, self.received, strict=True)
+            index in self.held or len(data) == tensor.chunks.total_bytes
+            for index, (item, parts) in enumerate(zip(self.start.items, self.received, strict=True))
             for tensor, data in zip(item.tensors, parts, strict=True)
         )
 
@@ -52,6 +53,9 @@ class StandInExecutor:
         self.finish_reason = tensor_pb2.FINISH_REASON_LENGTH
         self.window = 1 << 20
         self.delay = 0.0
+        self.held: set[bytes] = set()
+        self.has_room = asyncio.Event()
+        self.has_room.set()
         self.accepting = True
         self.num_running = 0
         self.requests: list[Live] = []
@@ -148,7 +152,10 @@ class StandInExecutor:
 
     async def _receive_items(self, handle: int, one: Live, responses: Any) -> bool:
         if one.start.items:
-            missing = executor_pb2.MissingItems(handle=handle, item_indices=range(len(one.start.items)))
+            await self.has_room.wait()
+            indices = [i for i, item in enumerate(one.start.items) if item.media_digest not in self.held]
+            one.held = frozenset(range(len(one.start.items))) - set(indices)
+            missing = executor_pb2.MissingItems(handle=handle, item_indices=indices)
             responses.put_nowait(executor_pb2.ExecuteResponse(missing_items=missing))
             credit = executor_pb2.Credit(handle=handle, bytes=self.window)
             responses.put_nowait(executor_pb2.ExecuteResponse(credit=credit))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ FIRST_BACKOFF: Final = 0.1
 MAX_BACKOFF: Final = 1.0
 HANDSHAKE_TIMEOUT: Final = 5.0
 LOAD_INTERVAL_MS: Final = 200
+MAX_SEEN: Final = 65_536
 _OPTIONS: Final = (
     *CHANNEL_OPTIONS,
     # A dead executor may be back any moment; grpc's own backoff would grow to two minutes.
@@ -54,6 +56,7 @@ class Executor:
         self._load: executor_pb2.WatchLoadResponse | None = None
         self._streams: list[ExecutorStream] = []
         self._num_live = 0
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
         self.num_sent_bytes = 0
         self._task = asyncio.create_task(self._keep_connected())
 
@@ -78,6 +81,17 @@ class Executor:
         finally:
             self._num_live -= 1
             remote.release()
+
+    def has_seen(self, media_digest: bytes) -> bool:
+        """Whether it has been sent this file before, on this connection; it may have forgotten it since."""
+        return media_digest in self._seen
+
+    def note_seen(self, media_digest: bytes) -> None:
+        """It has been sent this file."""
+        self._seen[media_digest] = None
+        self._seen.move_to_end(media_digest)
+        if len(self._seen) > MAX_SEEN:
+            self._seen.popitem(last=False)
 
     async def close(self) -> None:
         """End every stream and the connection."""
@@ -157,6 +171,7 @@ class Executor:
     def _disconnect(self, reason: str, is_first: bool) -> None:
         was_connected = self.model is not None
         self.model, self._load = None, None
+        self._seen.clear()
         if was_connected:
             LOG.warning("lost executor %s: %s", self.address, reason)
             self._on_change()

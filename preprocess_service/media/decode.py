@@ -35,7 +35,9 @@ class MediaWorkers:
 
     def __init__(self, family: ModelFamily, num_threads: int | None = None) -> None:
         self._family = family
-        self._pool = ThreadPoolExecutor(num_threads or os.cpu_count() or 1, thread_name_prefix="media")
+        self._num_threads = num_threads or os.cpu_count() or 1
+        self._num_early = 0
+        self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="media")
         use_our_limits()
 
     async def load(self, item: PlannedItem, index: int) -> MappedItem:
@@ -43,6 +45,21 @@ class MediaWorkers:
         # The pool's threads do not know the request; its context does.
         load = partial(contextvars.copy_context().run, self._load, item, index)
         return await asyncio.get_running_loop().run_in_executor(self._pool, load)
+
+    def take_early(self) -> bool:
+        """Whether one more item may be loaded before the executor asks for it; then it is given back in the end.
+
+        There are as many as workers: a busy service gains nothing by it, and an executor without room must not fill
+        this one's memory.
+        """
+        if self._num_early >= self._num_threads:
+            return False
+        self._num_early += 1
+        return True
+
+    def give_back_early(self) -> None:
+        """The item is with the stream, or not wanted."""
+        self._num_early -= 1
 
     def close(self) -> None:
         """Drop what has not begun; running threads end by themselves."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +22,11 @@ from preprocess_service.server import SERVICE_NAME as PREPROCESS_NAME
 from preprocess_service.server import PreprocessServer
 from preprocess_service.settings import PreprocessSettings
 from registry.fingerprint import Fingerprint
+from tests.preprocess_service.serving import served
 from tests.stand_in_executor import SERVICE_NAME, StandInExecutor, eventually
 from tests.tiny_checkpoint import encoded, picture
 
 IMAGE = Media(encoded(picture()))
-
-
-@contextlib.asynccontextmanager
-async def served(
-    checkpoint_dir: Path, *executors: StandInExecutor, **settings: Any
-) -> AsyncIterator[tuple[PreprocessServer, AsyncClient]]:
-    """A service in front of these executors, and its client."""
-    for executor in executors:
-        await executor.start()
-    addresses = ",".join(executor.address for executor in executors)
-    values = PreprocessSettings(model=checkpoint_dir, port=0, executor=addresses, **settings)
-    try:
-        async with running(PreprocessServer(values)) as server, AsyncClient(server.address) as client:
-            assert isinstance(server, PreprocessServer)
-            yield server, client
-    finally:
-        for executor in executors:
-            await executor.stop()
 
 
 async def test_the_least_loaded_executor_takes_the_request(checkpoint_dir: Path, checkpoint: Checkpoint) -> None:
