@@ -7,7 +7,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from executor_service.kernels.cuda.module import INT, POINTER, dtype_name, is_wide, kernel
 from executor_service.kernels.library import define_op
+
+_THREADS: Final = 256
 
 
 def rotary_write_kv(
@@ -35,6 +38,20 @@ def _cpu(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor
     return turned[:, :num_heads].contiguous()
 
 
+def _cuda(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> Tensor:
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    query = _fake(qkv, cos, sin, k_cache, v_cache, slot_mapping)
+    if not qkv.numel():
+        return query
+    kind = "wide" if is_wide(qkv.dtype, head_dim // 2) else "single"
+    launch = kernel("rotary_write_kv", f"rotary_write_kv_{dtype_name(qkv.dtype)}_{kind}", (POINTER,) * 7 + (INT,) * 3)
+    launch(
+        (qkv.shape[0],), _THREADS, qkv.contiguous(), cos.contiguous(), sin.contiguous(), k_cache, v_cache, slot_mapping,
+        query, query.shape[1], num_kv_heads, head_dim,
+    )  # fmt: skip
+    return query
+
+
 def _fake(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> Tensor:
     num_kv_heads, head_dim = k_cache.shape[2:]
     return qkv.new_empty((qkv.shape[0], qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim))
@@ -45,4 +62,5 @@ ROTARY_WRITE_KV: Final = define_op(
     "Tensor slot_mapping) -> Tensor",
     cpu=_cpu,
     fake=_fake,
+    cuda=_cuda,
 )

@@ -1,0 +1,96 @@
+"""Kernels as Python functions: loaded once per device, launched on torch's current stream."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from executor_service.kernels.cuda.code import KernelLoadError, machine_code, sources
+
+POINTER: Final = ctypes.c_void_p
+INT: Final = ctypes.c_int
+LONG: Final = ctypes.c_longlong
+FLOAT: Final = ctypes.c_float
+_NAMES: Final = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As kernels call it; TypeError for one they do not take."""
+    if dtype not in _NAMES:
+        raise TypeError(f"the CUDA kernels take {', '.join(_NAMES.values())}, not {dtype}")
+    return _NAMES[dtype]
+
+
+def is_wide(dtype: torch.dtype, *lengths: int) -> bool:
+    """Whether rows of these many elements can be read in packs of 16 bytes."""
+    return not any(length * dtype.itemsize % 16 for length in lengths)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A loaded kernel and the C types of its arguments."""
+
+    function: Any
+    types: tuple[Any, ...]
+
+    def __call__(self, grid: Sequence[int], block: int, *arguments: Tensor | float) -> None:
+        """Launch `grid` (up to three dimensions) of blocks of `block` threads; tensors are passed by pointer."""
+        from cuda.bindings import driver
+
+        values = tuple(value.data_ptr() if isinstance(value, Tensor) else value for value in arguments)
+        sizes = (*grid, 1, 1)[:3]
+        stream = torch.cuda.current_stream().cuda_stream
+        (status,) = driver.cuLaunchKernel(self.function, *sizes, block, 1, 1, 0, stream, (values, self.types), 0)
+        if status.value:
+            raise RuntimeError(f"a kernel could not be launched: {status.name}")
+
+
+@cache
+def kernel(source: str, name: str, types: tuple[Any, ...]) -> Kernel:
+    """Function `name` of csrc/`source`.cu on the current device; KernelLoadError if there is none."""
+    from cuda.bindings import driver
+
+    status, function = driver.cuModuleGetFunction(_module(source, torch.cuda.current_device()), name.encode())
+    if status.value:
+        raise KernelLoadError(f"kernel {source} has no function {name}: {status.name}")
+    return Kernel(function, types)
+
+
+@cache
+def num_multiprocessors(device: int) -> int:
+    """Of a device; grids of streaming kernels are multiples of it."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def load_all(report: Callable[[int, int], None]) -> str:
+    """Load every kernel onto the current device, telling `report` (done, all); says where their code came from."""
+    names = sources()
+    origins: dict[str, int] = {}
+    for done, name in enumerate(names, 1):
+        origin = _load(name, torch.cuda.current_device())[1]
+        origins[origin] = origins.get(origin, 0) + 1
+        report(done, len(names))
+    return ", ".join(f"{count} {origin}" for origin, count in sorted(origins.items()))
+
+
+def _module(source: str, device: int) -> Any:
+    return _load(source, device)[0]
+
+
+@cache
+def _load(source: str, device: int) -> tuple[Any, str]:
+    from cuda.bindings import driver
+
+    torch.cuda.init()
+    torch.cuda.synchronize(device)  # makes the context that the module goes into
+    code = machine_code(source, torch.cuda.get_device_capability(device))
+    status, module = driver.cuModuleLoadData(code.cubin)
+    if status.value:
+        raise KernelLoadError(f"kernel {source} ({code.origin}) does not load: {status.name}")
+    return module, code.origin
