@@ -94,6 +94,7 @@ LIES = {
     "dtype": (set_tensor(dtype=tensor_pb2.D_TYPE_FLOAT32), "INVALID_ARGUMENT", "attest", "must be uint8"),
     "unknown dtype": (set_tensor(dtype=99), "INVALID_ARGUMENT", "attest", "dtype 99"),
     "shape": (set_tensor(shape=[3, 56, 57]), "INVALID_ARGUMENT", "attest", "must be [3, 56, 56]"),
+    "turned shape": (set_tensor(shape=[56, 3, 56]), "INVALID_ARGUMENT", "attest", "must be [3, 56, 56]"),
     "negative shape": (set_tensor(shape=[3, -56, -56]), "INVALID_ARGUMENT", "attest", "must be [3, 56, 56]"),
     "overflowing shape": (set_tensor(shape=[2**62, 2**62, 4]), "INVALID_ARGUMENT", "attest", "must be [3, 56, 56]"),
     "bytes": (set_tensor(total_bytes=17), "INVALID_ARGUMENT", "attest", "announces 17 bytes"),

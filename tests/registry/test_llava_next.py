@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, LlavaNextForConditionalGeneration
+from transformers.image_utils import load_image
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 from registry import InputContext, MediaInfo, MediaItem
@@ -83,12 +85,16 @@ def test_features_of_the_model_equal_the_counts(small: ModelFamily) -> None:
 
 @pytest.mark.parametrize("which", ["family", "small"])
 def test_tiles_equal_the_processors(which: str, request: pytest.FixtureRequest) -> None:
-    """Bit for bit after normalisation, over 400 sizes in all."""
+    """Bit for bit after normalisation, over 400 sizes in all, the whole table among them."""
     family = request.getfixturevalue(which)
     processor = AutoImageProcessor.from_pretrained(family.ctx.model_dir, backend="pil")
     rng = np.random.default_rng(5)
-    chosen = sizes(30, 900, 3) if which == "family" else [(int(h), int(w)) for h, w in rng.integers(1, 300, (300, 2))]
-    for height, width in chosen[:: 2 if which == "family" else 1]:
+    if which == "family":
+        chosen = [*TABLE, *sizes(30, 900, 3)[len(TABLE) :: 2]]
+    else:
+        chosen = [(int(height), int(width)) for height, width in rng.integers(1, 300, (310, 2))]
+    assert len(set(chosen)) > {"family": 90, "small": 305}[which]
+    for height, width in chosen:
         picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         info = MediaInfo.image(height, width)
         tensor = family.map_item(MediaItem(info, picture))["pixel_values"]
@@ -96,6 +102,19 @@ def test_tiles_equal_the_processors(which: str, request: pytest.FixtureRequest) 
         expected = processor(images=[picture], return_tensors="np")
         np.testing.assert_array_equal(got, expected["pixel_values"][0], err_msg=f"{height}x{width}")
         assert expected["image_sizes"][0].tolist() == family.layout(info).constants["image_sizes"].tolist()
+
+
+def test_a_transparent_colour_is_flattened_as_by_the_processor(small: ModelFamily) -> None:
+    """An RGB file may name one of its colours transparent; the processor then sees what lies behind it."""
+    pixels = np.random.default_rng(0).integers(0, 4, (60, 80, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", transparency=tuple(pixels[0, 0].tolist()))
+    picture = load_image(Image.open(file))
+    info = MediaInfo.image(60, 80)
+    tensor = small.map_item(MediaItem(info, picture))["pixel_values"]
+    got = small.layout(info).tensors["pixel_values"].normalization.apply(tensor)
+    processor = AutoImageProcessor.from_pretrained(small.ctx.model_dir, backend="pil")
+    np.testing.assert_array_equal(got, processor(images=[picture], return_tensors="np")["pixel_values"][0])
 
 
 def test_dummy_data_holds_the_maximum(family: ModelFamily) -> None:
@@ -118,6 +137,12 @@ def test_checkpoints_that_contradict_themselves(tmp_path: Path, changes: dict, t
     write_json(path / "preprocessor_config.json", processor_config("llava-next", 56, **values))
     family = bind_family(InputContext.from_checkpoint(path))
     with pytest.raises(CheckpointError, match=text):
+        family.layout(MediaInfo.image(50, 50))
+
+
+def test_pinpoints_that_no_tiles_fill(tmp_path: Path) -> None:
+    family = bind_family(InputContext.from_checkpoint(make_llava_checkpoint(tmp_path / "model", pinpoints=[[56, 100]])))
+    with pytest.raises(CheckpointError, match=r"\[\(56, 100\)\] are no multiples of the tile side 56"):
         family.layout(MediaInfo.image(50, 50))
 
 

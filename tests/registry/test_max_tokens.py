@@ -142,14 +142,24 @@ def test_of_equally_large_items_the_one_with_more_tokens_counts(ctx) -> None:
 
 
 def test_dummy_data_holds_the_most_bytes_too(ctx) -> None:
-    """Features grow with height, bytes with width."""
+    """Features grow with height, bytes fall."""
 
     def lopsided(ctx: InputContext, media: MediaInfo) -> ItemLayout:
-        return ItemLayout((Run(3, media.height),), {"pixels": TensorSpec("uint8", (media.width,))})
+        return ItemLayout((Run(3, media.height),), {"pixels": TensorSpec("uint8", (65 - media.height,))})
 
     _, items = make_family(limited(ctx, 64, 10**6), layout=lopsided).dummy_data(10, {"image": 3})
-    tallest, widest, again = (item.info for item in items)
-    assert (tallest.height, widest.width, again) == (64, 64, tallest)
+    assert [item.info.height for item in items] == [64, 1, 64]
+
+
+def test_the_maximum_counts_features_and_no_separators(ctx) -> None:
+    """The longest item is not the one with most features."""
+
+    def striped(ctx: InputContext, media: MediaInfo) -> ItemLayout:
+        return ItemLayout((Run(3, media.height), Run(9, 5 * (64 - media.height), is_feature=False)), {})
+
+    family = make_family(limited(ctx, 64, 10**6), layout=striped)
+    assert family.max_tokens("image") == 64
+    assert family.find_largest("image", "length").height == 1
 
 
 @pytest.mark.parametrize(("seq_len", "count"), [(1, 0), (50, 0), (50, 1), (2000, 2), (3, 1)])

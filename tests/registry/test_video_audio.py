@@ -293,6 +293,15 @@ def test_ranges_of_a_processor_by_hand(ctx, places, message: str) -> None:
         ModelFamily(cls, ctx).process(ProcessorInputs([1, 9, 2], [MediaInfo.audio(5, RATE)]))
 
 
+def test_ranges_of_two_items_must_not_overlap(ctx) -> None:
+    cls = make_class_of("audio", mapper=lambda *_: {}, max_tokens=4)
+    places = [PlaceholderRange(0, 2), PlaceholderRange(1, 2)]
+    INPUT_REGISTRY.register_dummy_data(lambda *_: DummyData([], []))(cls)
+    INPUT_REGISTRY.register_input_processor(lambda _, inputs: ProcessorInputs([1, 9, 2], inputs.media, places))(cls)
+    with pytest.raises(InvalidHookError, match=r"puts item 1 at tokens 1 to 3; it must lie between 2 and 3$"):
+        ModelFamily(cls, ctx).process(ProcessorInputs([9, 9], [MediaInfo.audio(5, RATE)] * 2))
+
+
 def test_an_observed_layout(ctx) -> None:
     family = ModelFamily(make_class_of("audio", layout=lambda *_: ItemLayout((Run(9, 1),), {})), ctx)
     layout = family.observed_layout("audio", [6, 9, 9, 7, 9], {})
