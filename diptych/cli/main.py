@@ -50,6 +50,7 @@ class Command(Protocol):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
     command_line = list(sys.argv[1:] if arguments is None else arguments)
+    _find_modules_here()
     try:
         return _run(command_line)
     except KeyboardInterrupt:
@@ -58,6 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone; without this the interpreter complains at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _find_modules_here() -> None:
+    """A plugin may be a file beside whoever tries it, as with `python -m`; what is installed still comes first."""
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
 
 
 def _run(command_line: list[str]) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import wave
 from pathlib import Path
 
@@ -250,3 +252,12 @@ def test_media_keep_the_order_of_their_flags(capsys: pytest.CaptureFixture[str],
         code, _, err = call(capsys, *asked, "<image> or <video>", *wrong, *flags)
         assert code == 1
         assert err.startswith("INVALID_ARGUMENT: placeholder 0 of the prompt is for image, item 0 is video")
+
+
+def test_a_plugin_beside_the_user_is_found(model: Path, image: Path, tmp_path: Path) -> None:
+    """The installed command, given in the plugin's folder."""
+    (tmp_path / "my_family.py").write_text("raise ImportError('it was found')")
+    command = [Path(sys.executable).with_name("diptych"), "plan", "--model", model, "--plugin", "my_family"]
+    done = subprocess.run([*command, "--prompt", "x"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "cannot import the plugin 'my_family': it was found" in done.stderr

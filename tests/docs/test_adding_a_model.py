@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -10,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from executor_service.engine.request import Request
 from registry import InputContext, MediaInfo, MediaLimits
 from registry.families import bind_family
 from tests.checkpoints import make_llava_checkpoint
 from tests.executor_service.conftest import Bench, boot_engine, load_reference, picture
+from tests.integration.conftest import picture_bytes, prompt_request
+from tests.services import stack
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_a_multimodal_model.md"
 FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL))
@@ -50,7 +54,7 @@ def num_lines(code: str) -> int:
 
 
 def test_the_examples_are_as_short_as_promised() -> None:
-    assert set(FILES) == {"static_family.py", "dynamic_family.py", "dynamic_executor.py"}
+    assert set(FILES) == {"static_family.py", "dynamic_family.py", "dynamic_executor.py", "by_hand_family.py"}
     assert num_lines(FILES["static_family.py"]) <= 40
     assert num_lines(FILES["dynamic_family.py"]) + num_lines(FILES["dynamic_executor.py"]) <= 90
 
@@ -77,6 +81,28 @@ def test_the_dynamic_family_equals_its_tiles_one_by_one(plugins, tmp_path) -> No
         spec = item.layout.tensors["pixel_values"]
         tiles = torch.from_numpy(spec.normalization.apply(item.tensors["pixel_values"].numpy())).double()
         assert outputs[request.request_id] == continued(bench, request, {"pixel_values": tiles})
+
+
+def test_the_family_by_hand_equals_transformers(plugins, tmp_path) -> None:
+    """Its own mapper, maximum, dummy data and processor, through both services."""
+    path = checkpoint_of(tmp_path / "model", "ByHandForConditionalGeneration")
+    settings = {"plugin": "by_hand_family"}
+    with stack(path, executor=settings, preprocess=settings) as services:
+        data = picture_bytes(3)
+        request = prompt_request("see <image> and <image>", [data, data], max_tokens=6)
+        tokens = [token for response in services.stub.Generate(request, timeout=60) for token in response.token_ids]
+        services.check_idle()
+    reference = load_reference(path)
+    pixels = np.asarray(Image.open(io.BytesIO(data)).resize((56, 56)), dtype=np.float32) / 127.5 - 1
+    tokenizer = InputContext.from_checkpoint(path).tokenizer
+    ids = tokenizer("see " + "<image>" * 16 + " and " + "<image>" * 16, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        out = reference.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6, do_sample=False,
+            eos_token_id=None, pad_token_id=0,
+            pixel_values=torch.from_numpy(pixels.transpose(2, 0, 1).copy()).double().expand(2, 3, 56, 56),
+        )  # fmt: skip
+    assert tokens == out[0, ids.shape[1] :].tolist()
 
 
 def continued(bench: Bench, request: Request, media: dict[str, torch.Tensor]) -> list[int]:
