@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import signal
 import sys
 from pathlib import Path
@@ -25,7 +26,10 @@ PAGE = DEMO / "output" / "report.html"
 
 def main(argv: list[str] | None = None) -> int:
     """0 if every question was answered; 130 after Ctrl-C, SIGTERM or SIGHUP."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if not is_anyres(options.model):
+        parser.error(f"{options.model} is no LLaVA-NeXT checkpoint: the page draws the tiles of that family")
     questions = choose(read_index(DEMO / "held_out"), options.questions)
     try:
         exchanges = asyncio.run(ask(options.model, questions))
@@ -35,6 +39,12 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print(f"\nLook at it: {options.output.resolve().as_uri()}")
     return 0
+
+
+def is_anyres(model: Path) -> bool:
+    """Whether a folder has the configuration of a LLaVA-NeXT."""
+    config = model / "config.json"
+    return config.is_file() and json.loads(config.read_text("utf-8")).get("model_type") == "llava_next"
 
 
 async def ask(model: Path, questions: list[Question]) -> list[Exchange]:
@@ -69,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     default = "(default: %(default)s)"
     parser = argparse.ArgumentParser(prog="python -m demo.run", description=__doc__)
     parser.add_argument("--questions", type=int, default=1, help=f"how many of each type to ask {default}")
-    parser.add_argument("--model", type=Path, default=DEMO / "model", help="checkpoint directory to serve")
+    parser.add_argument("--model", type=Path, default=DEMO / "model", help="LLaVA-NeXT checkpoint to serve")
     parser.add_argument("--output", type=Path, default=PAGE, metavar="FILE", help=f"where the page goes {default}")
     return parser
 

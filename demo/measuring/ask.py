@@ -103,7 +103,10 @@ def ask_all(asker: Asker, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Ask."""
-    args = _parser().parse_args()
+    parser = _parser()
+    args = parser.parse_args()
+    if missing := [str(path) for path in args.picture if not path.is_file()]:
+        parser.error(f"no such picture: {', '.join(missing)}")
     asker = Asker.load(args.model, getattr(torch, args.dtype))
     if args.question:
         prompt = asker.render([Turn("own", args.question, "")], len(args.picture))

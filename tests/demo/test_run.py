@@ -73,3 +73,11 @@ def test_interrupted_it_leaves_nothing_behind(tmp_path: Path, number: signal.Sig
     while any(map(is_alive, below)) and time.monotonic() < until:
         time.sleep(0.1)
     assert not [pid for pid in below if is_alive(pid)]
+
+
+def test_another_family_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    with started("--model", tmp_path) as process:
+        printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "is no LLaVA-NeXT checkpoint" in printed
