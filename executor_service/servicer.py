@@ -132,6 +132,7 @@ async def _read(stream: ExecuteStream, requests: AsyncIterator[executor_pb2.Exec
     try:
         async for request in requests:
             stream.handle(request)
+            await stream.wait_for_room()
     except Exception as error:
         stream.fail(error)
     else:

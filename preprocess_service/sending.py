@@ -36,6 +36,7 @@ class ItemSender:
         self._remote = remote
         self._on_loaded = on_loaded
         self._early: dict[int, asyncio.Task[MappedItem]] = {}
+        self._asked_for: set[int] = set()
         self._senders: list[asyncio.Task[None]] = []
 
     @property
@@ -56,8 +57,12 @@ class ItemSender:
             self._early[index] = asyncio.create_task(self._media.load(item, index))
 
     def send(self, indices: Sequence[int]) -> None:
-        """Send what the executor misses; what it turned out to have is dropped."""
-        for index in self._early.keys() - set(indices):
+        """Send what the executor misses; what it turned out to have is dropped.
+
+        It may ask a second time: for an item that was on its way for another request, which has ended.
+        """
+        self._asked_for.update(indices)
+        for index in self._early.keys() - self._asked_for:
             self._drop(index)
         self._senders.append(asyncio.create_task(self._send(indices)))
 

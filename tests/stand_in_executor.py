@@ -54,6 +54,7 @@ class StandInExecutor:
         self.window = 1 << 20
         self.delay = 0.0
         self.held: set[bytes] = set()
+        self.asks_one_by_one = False
         self.has_room = asyncio.Event()
         self.has_room.set()
         self.accepting = True
@@ -155,8 +156,9 @@ class StandInExecutor:
             await self.has_room.wait()
             indices = [i for i, item in enumerate(one.start.items) if item.media_digest not in self.held]
             one.held = frozenset(range(len(one.start.items))) - set(indices)
-            missing = executor_pb2.MissingItems(handle=handle, item_indices=indices)
-            responses.put_nowait(executor_pb2.ExecuteResponse(missing_items=missing))
+            for some in [[index] for index in indices] if self.asks_one_by_one else [indices]:
+                missing = executor_pb2.MissingItems(handle=handle, item_indices=some)
+                responses.put_nowait(executor_pb2.ExecuteResponse(missing_items=missing))
             credit = executor_pb2.Credit(handle=handle, bytes=self.window)
             responses.put_nowait(executor_pb2.ExecuteResponse(credit=credit))
         while not one.is_complete:

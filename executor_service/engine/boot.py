@@ -133,6 +133,7 @@ def _worst_load(family: ModelFamily, config: EngineConfig) -> WorstLoad:
     max_model_len = config.max_model_len or longest
     if max_model_len > longest:
         raise CheckpointError(f"--max-model-len {max_model_len} is longer than the model's {longest} positions")
+    _check_rope(family.ctx.text_config, max_model_len, longest)
     most = _largest_items(family)
     for modality, (features, length) in most.items():
         if length >= max_model_len:
@@ -142,6 +143,19 @@ def _worst_load(family: ModelFamily, config: EngineConfig) -> WorstLoad:
             )
     encoder = max([config.max_num_batched_tokens, *(features for features, _ in most.values())])
     return WorstLoad(config.max_num_batched_tokens, config.max_num_seqs, encoder, max_model_len)
+
+
+def _check_rope(text_config: Any, max_model_len: int, longest: int) -> None:
+    """Some rotary embeddings pick their frequencies by a batch's longest request: nobody may depend on others."""
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    limits = {"dynamic": longest, "longrope": original or longest}
+    limit = limits.get(rope.get("rope_type", "default"))
+    if limit is not None and max_model_len > limit:
+        raise CheckpointError(
+            f"rope type {rope['rope_type']!r} turns every request of a batch by the longest one's length once that "
+            f"exceeds {limit}, so answers would depend on each other; use --max-model-len {limit}"
+        )
 
 
 def _largest_items(family: ModelFamily) -> dict[str, tuple[int, int]]:

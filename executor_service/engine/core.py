@@ -24,11 +24,12 @@ class Engine:
         self._checks = check_integrity
         self._requests: dict[int, Request] = {}
         self._aborted: list[Request] = []
+        self._refused: list[Finished] = []
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self.scheduler.has_work or bool(self._aborted)
+        return self.scheduler.has_work or bool(self._aborted or self._refused)
 
     @property
     def load(self) -> Load:
@@ -46,6 +47,10 @@ class Engine:
         """Queue a request."""
         self._requests[request.request_id] = request
         self.scheduler.add(request)
+
+    def refuse(self, request_id: int, reason: FinishReason, error: str) -> None:
+        """A request that could not even be queued; the next step's report says so."""
+        self._refused.append(Finished(request_id, reason, error=error))
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """End requests now; the next step's report says so. Ids that are not here any more are ignored."""
@@ -90,6 +95,7 @@ class Engine:
 
     def _report(self, batch: ScheduledBatch, output: ModelOutput, ended: list[Request], began: float) -> StepReport:
         aborted, self._aborted = self._aborted, []
+        refused, self._refused = self._refused, []
         logprobs: list[tuple[int, TokenLogprobs]] = [
             (index, entry) for index, entry in enumerate(output.sampled.logprobs) if entry is not None
         ]
@@ -97,7 +103,7 @@ class Engine:
             request_ids=[scheduled.request.request_id for scheduled in output.requests],
             token_ids=output.sampled.token_ids,
             logprobs=logprobs,
-            finished=[_finished(request) for request in (*aborted, *ended)],
+            finished=[*refused, *(_finished(request) for request in (*aborted, *ended))],
             load=self.load,
             counters=replace(self.scheduler.counters),
             prompt_logprobs=[(request.request_id, entries) for request, entries in output.prompt_logprobs],

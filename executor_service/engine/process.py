@@ -23,6 +23,7 @@ from executor_service.engine.messages import (
     Abort,
     BootFailed,
     EngineConfig,
+    FinishReason,
     ItemSlots,
     Shutdown,
     Submit,
@@ -60,11 +61,23 @@ class EngineProcess:
     def _handle(self, message: ToEngine) -> None:
         match message:
             case Submit():
-                self._engine.add(self._make_request(message))
+                self._add(message)
             case Abort():
                 self._engine.abort(message.request_ids)
             case Shutdown():
                 self._stopping = True
+
+    def _add(self, submit: Submit) -> None:
+        """Queue a request; a plugin's `positions` may raise, which is that request's end alone."""
+        try:
+            request = self._make_request(submit)
+        except Exception as error:
+            # Without a layout nobody has attested the tensors that it reads: then they are the sender's fault.
+            is_attested = all(self._family.has_layout(item.info.modality) for item in submit.items)
+            reason = FinishReason.FAILED if is_attested else FinishReason.MISMATCHED
+            self._engine.refuse(submit.request_id, reason, f"positions: {type(error).__name__}: {error}")
+            return
+        self._engine.add(request)
 
     def _make_request(self, submit: Submit) -> Request:
         items = [self._make_item(item, submit.prompt_token_ids) for item in submit.items]

@@ -88,8 +88,9 @@ class Admission:
         """The request, or the DiptychError it is refused with."""
         self._check_fingerprint(start.fingerprint)
         _check_request_id(start.request_id)
+        # Counted before anything walks over them: a message may hold millions.
+        self._check_length(len(start.prompt_token_ids))
         token_ids = np.fromiter(start.prompt_token_ids, dtype=np.int64, count=len(start.prompt_token_ids))
-        self._check_length(len(token_ids))
         items = self._attest_items(start.items, token_ids)
         self._check_token_ids(token_ids, items)
         sampling = self._sampling(start.sampling, len(token_ids))
@@ -106,7 +107,7 @@ class Admission:
     def _check_fingerprint(self, digest: bytes) -> None:
         if digest != self._booted.fingerprint.digest:
             raise IncompatibleError(
-                f"the sender's fingerprint is {digest.hex() or 'empty'}, this executor's is "
+                f"the sender's fingerprint is {digest[:DIGEST_BYTES].hex() or 'empty'}, this executor's is "
                 f"{self._booted.fingerprint.digest.hex()}: they would disagree on tokens, pixels or shapes",
                 stage="handshake",
             )
@@ -244,14 +245,14 @@ class Admission:
 
     def _check_output(self, token_ids: Sequence[int], sampling: SamplingParams) -> list[int]:
         """Tokens that another executor has given: some are left to generate, and none of them ended the answer."""
-        given = list(token_ids)
-        if len(given) >= sampling.max_tokens:
+        if len(token_ids) >= sampling.max_tokens:
             raise LimitExceededError(
-                f"output_token_ids has {len(given)} tokens; at most {sampling.max_tokens} may be generated in all",
+                f"output_token_ids has {len(token_ids)} tokens; at most {sampling.max_tokens} may be generated in all",
                 stage="admit",
                 limit=sampling.max_tokens - 1,
-                actual=len(given),
+                actual=len(token_ids),
             )
+        given = list(token_ids)
         ends = sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else self._booted.eos_token_ids)
         for index, token_id in enumerate(given):
             if token_id >= self._booted.vocab_size or token_id in self._feature_ids:

@@ -22,9 +22,10 @@ NamedSpecs = tuple[tuple[str, TensorSpec], ...]
 
 def attest_tensors(index: int, messages: Sequence[tensor_pb2.Tensor], layout: ItemLayout) -> NamedSpecs:
     """The layout's specs, if the claims are just those."""
-    names = [message.name for message in messages]
-    if sorted(names) != sorted(layout.tensors):
-        raise _mismatch(index, f"has tensors {', '.join(names) or 'none'}; {', '.join(layout.tensors)} are expected")
+    names = [message.name for message in messages[:MAX_TENSORS]]
+    if len(messages) != len(layout.tensors) or sorted(names) != sorted(layout.tensors):
+        claimed = ", ".join(name[:MAX_NAME_LENGTH] for name in names) or "none"
+        raise _mismatch(index, f"has tensors {claimed}; {', '.join(layout.tensors)} are expected")
     for message in messages:
         _attest_tensor(index, message, layout.tensors[message.name])
     return tuple((name, layout.tensors[name]) for name in names)
@@ -32,9 +33,9 @@ def attest_tensors(index: int, messages: Sequence[tensor_pb2.Tensor], layout: It
 
 def bound_tensors(index: int, messages: Sequence[tensor_pb2.Tensor]) -> NamedSpecs:
     """The claimed specs, where nothing says what they must be: known dtypes, sane shapes, sizes that agree."""
-    names = [message.name for message in messages]
+    names = [message.name for message in messages[: MAX_TENSORS + 1]]
     if not 1 <= len(names) <= MAX_TENSORS or len(set(names)) != len(names):
-        raise _mismatch(index, f"has {len(names)} tensors; 1 to {MAX_TENSORS} with names of their own are expected")
+        raise _mismatch(index, f"has {len(messages)} tensors; 1 to {MAX_TENSORS} with names of their own are expected")
     return tuple((message.name, _bound_tensor(index, message)) for message in messages)
 
 
@@ -43,7 +44,7 @@ def _bound_tensor(index: int, message: tensor_pb2.Tensor) -> TensorSpec:
         raise _mismatch(index, f"has a tensor named {message.name[:MAX_NAME_LENGTH]!r}; a keyword is expected")
     if message.dtype not in NAME_OF_DTYPE:
         raise _mismatch(index, f"claims dtype {message.dtype} for {message.name}, which does not exist")
-    shape, elements = tuple(message.shape), 1
+    shape, elements = tuple(message.shape[: MAX_AXES + 1]), 1
     for extent in shape:
         elements *= extent
         if extent < 1 or elements > MAX_ELEMENTS or len(shape) > MAX_AXES:
@@ -60,8 +61,10 @@ def _attest_tensor(index: int, message: tensor_pb2.Tensor, spec: TensorSpec) -> 
     if message.dtype != DTYPE_OF_NAME[spec.dtype]:
         claimed = NAME_OF_DTYPE.get(message.dtype, f"dtype {message.dtype}")
         raise _mismatch(index, f"claims {claimed} for {message.name}; it must be {spec.dtype}")
-    if tuple(message.shape) != spec.shape:
-        raise _mismatch(index, f"claims shape {list(message.shape)} for {message.name}; it must be {list(spec.shape)}")
+    # Counted and cut before anything walks over it: a message may hold millions of axes.
+    if len(message.shape) != len(spec.shape) or tuple(message.shape) != spec.shape:
+        claimed = f"shape {message.shape[:MAX_AXES]} of {len(message.shape)} axes"
+        raise _mismatch(index, f"claims {claimed} for {message.name}; it must be {list(spec.shape)}")
     _check_payload(index, message, spec)
 
 

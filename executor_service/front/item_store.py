@@ -111,7 +111,8 @@ class ItemStore:
         """Give a claim up: what is held is let go, what was being received is handed over or forgotten."""
         if claim in self._waiting:
             self._waiting.remove(claim)
-        for hold in claim.holds:
+        # The last first: an item must not be handed on to another of the same claim.
+        for hold in reversed(claim.holds):
             self._let_go(hold)
         self._place_waiting()
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 from diptych.service.errors import DeadlineError, DiptychError, InvalidInputError
 from diptych.v1 import executor_pb2
@@ -16,7 +17,11 @@ from executor_service.front.arena import Arena
 from executor_service.front.assembly import ItemAssembly, content_digest, refusal
 from executor_service.front.credit import CreditOffice, RequestCredit
 from executor_service.front.item_store import Claim, ItemHold, ItemStore
-from executor_service.front.request import FrontRequest
+from executor_service.front.request import FrontRequest, Pace
+
+PACE_BYTES: Final = 1 << 20
+PACE_PATIENCES: Final = 4
+"""A sender that takes longer for so many bytes than four times what it may be silent keeps others out."""
 
 
 @dataclass
@@ -119,7 +124,7 @@ class Reception:
         request.is_placed = True
         self._ask_for(request, missing)
         if request.error is None:
-            self._watch(request, self._patience)
+            self._check_progress(request)
             self._on_stored(request)
 
     def _count_held(self, request: FrontRequest) -> None:
@@ -130,7 +135,8 @@ class Reception:
 
     def _on_left_alone(self, request: FrontRequest, index: int) -> None:
         """The request that was to receive this item has ended: this one asks for it itself."""
-        self._ask_for(request, [index])
+        if request.error is None:
+            self._ask_for(request, [index])
 
     def end_of_chunks(self, request: FrontRequest) -> None:
         """The sender has said its last word: a request that still misses something can never be complete."""
@@ -204,21 +210,26 @@ class Reception:
         request.receive_timer = asyncio.get_running_loop().call_later(seconds, self._check_progress, request)
 
     def _check_progress(self, request: FrontRequest) -> None:
-        """A sender that has credit and sends nothing is not waited for; one without credit waits for us."""
+        """A sender that has credit and sends next to nothing is not waited for; one without credit waits for us."""
         if request.is_at_engine or request.error is not None or request.credit is None:
             return
-        waiting = time.monotonic() - request.last_receipt if request.credit.num_outstanding else 0.0
-        if waiting < self._patience:
-            self._watch(request, self._patience - waiting)
+        now, credit = time.monotonic(), request.credit
+        waiting = now - request.last_receipt if credit.num_outstanding else 0.0
+        if waiting >= self._patience:
+            self._fail_stalled(request, "no byte", self._patience, credit.num_outstanding)
             return
-        self._on_failed(
-            request,
-            DeadlineError(
-                f"no byte arrived for {self._patience:g} s, {request.credit.num_outstanding} were asked for",
-                stage="receive",
-                limit=self._patience,
-            ),
-        )
+        pace, span = request.pace, PACE_PATIENCES * self._patience
+        if pace is None or now - pace.moment >= span:
+            num_bytes = credit.num_received - pace.num_received if pace is not None else 0
+            if pace is not None and num_bytes < min(PACE_BYTES, pace.num_outstanding):
+                self._fail_stalled(request, f"no more than {num_bytes} bytes", span, pace.num_outstanding)
+                return
+            request.pace = pace = Pace(now, credit.num_received, credit.num_outstanding)
+        self._watch(request, min(self._patience - waiting, span - (now - pace.moment)))
+
+    def _fail_stalled(self, request: FrontRequest, what: str, seconds: float, num_bytes: int) -> None:
+        message = f"{what} arrived for {seconds:g} s, {num_bytes} were asked for"
+        self._on_failed(request, DeadlineError(message, stage="receive", limit=seconds))
 
 
 def _holds(request: FrontRequest) -> Sequence[ItemHold]:

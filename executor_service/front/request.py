@@ -40,6 +40,15 @@ class Outlet(Protocol):
         """Send what the step has given."""
 
 
+@dataclass(frozen=True)
+class Pace:
+    """Where receiving stood at a moment: bytes received so far, and bytes that had been asked for beyond them."""
+
+    moment: float
+    num_received: int
+    num_outstanding: int
+
+
 @dataclass(eq=False)
 class FrontRequest:
     """One request. `claim` are its items, `assemblies` those that are arriving, by index; see Reception."""
@@ -56,6 +65,7 @@ class FrontRequest:
     assemblies: dict[int, ItemAssembly] = field(default_factory=dict)
     credit: RequestCredit | None = None
     last_receipt: float = 0.0
+    pace: Pace | None = None
     receive_timer: asyncio.TimerHandle | None = None
     deadline: asyncio.TimerHandle | None = None
     is_at_engine: bool = False

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from itertools import count
 
-from diptych.service.errors import DiptychError, InternalError, InvalidInputError
+from diptych.service.errors import DiptychError, InternalError, InvalidInputError, OverloadedError
 from diptych.v1 import executor_pb2, tensor_pb2
 from diptych.wire.framing import ItemChunk
 from executor_service.engine.messages import TokenLogprobs
@@ -18,6 +18,10 @@ from executor_service.front.item_store import Sender
 from executor_service.front.request import FrontRequest
 
 LOG = logging.getLogger("diptych.executor")
+MAX_UNREAD = 4096
+"""Entries (tokens, log probabilities, control messages) that may wait for the peer before it is not read any more."""
+MAX_KEPT = 1024 * MAX_UNREAD
+"""And those that are kept for such a peer before its stream ends: what already runs goes on to make some."""
 MAX_ENDED_HANDLES = 65536
 """Handles a stream remembers after their Final, so that late chunks are told from wrong ones."""
 
@@ -33,7 +37,10 @@ class ExecuteStream:
         self.window = Window(STREAM_WINDOW)
         self._live: dict[int, FrontRequest] = {}
         self._ended: dict[int, None] = {}
-        self._outgoing: deque[executor_pb2.ExecuteResponse] = deque()
+        self._outgoing: deque[tuple[executor_pb2.ExecuteResponse, int]] = deque()
+        self._num_unread = 0
+        self._has_room = asyncio.Event()
+        self._has_room.set()
         self._finals: list[executor_pb2.Final] = []
         # The step's outputs in lists: filling a message field by field takes several times as long.
         self._handles: list[int] = []
@@ -66,6 +73,7 @@ class ExecuteStream:
     def fail(self, error: Exception) -> None:
         """The stream cannot be read any further: `responses` ends with this error."""
         self._failure = error
+        self._has_room.set()
         self._news.set()
 
     def lose(self) -> None:
@@ -114,15 +122,39 @@ class ExecuteStream:
 
     # --- writing ------------------------------------------------------------------------------------
 
-    def put(self, response: executor_pb2.ExecuteResponse) -> None:
-        """Queue a control message."""
-        self._outgoing.append(response)
+    async def wait_for_room(self) -> None:
+        """Until the peer has read most of what waits for it: who does not listen is not listened to."""
+        if self._num_unread > MAX_UNREAD:
+            self._has_room.clear()
+            await self._has_room.wait()
+
+    def put(self, response: executor_pb2.ExecuteResponse, num_entries: int = 1) -> None:
+        """Queue a message."""
+        if self._failure is not None:
+            return
+        self._outgoing.append((response, num_entries))
+        self._num_unread += num_entries
         self._news.set()
+        if self._num_unread > MAX_KEPT:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """End the stream of a peer that does not read; what waits for it is dropped."""
+        self.fail(
+            OverloadedError(
+                f"{self._num_unread} entries of answers were not read; at most {MAX_KEPT} are kept",
+                stage="send",
+                limit=MAX_KEPT,
+                actual=self._num_unread,
+            )
+        )
+        self._outgoing.clear()
+        self._num_unread = 0
 
     def put_prompt_logprobs(self, handle: int, entries: list[TokenLogprobs]) -> None:
         """Queue a message of their own."""
         message = executor_pb2.PromptLogprobs(handle=handle, logprobs=[_position_logprobs(entry) for entry in entries])
-        self.put(executor_pb2.ExecuteResponse(prompt_logprobs=message))
+        self.put(executor_pb2.ExecuteResponse(prompt_logprobs=message), sum(1 + len(entry.top) for entry in entries))
 
     def put_token(self, handle: int, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Add a token to the step's message."""
@@ -145,7 +177,8 @@ class ExecuteStream:
         """One message with all of a step's tokens, then the Finals."""
         if self._handles:
             step = executor_pb2.StepOutputs(handles=self._handles, token_ids=self._token_ids, logprobs=self._logprobs)
-            self.put(executor_pb2.ExecuteResponse(step_outputs=step))
+            num_logprobs = sum(1 + len(entry.logprobs.top) for entry in self._logprobs)
+            self.put(executor_pb2.ExecuteResponse(step_outputs=step), len(self._handles) + num_logprobs)
             self._handles, self._token_ids, self._logprobs = [], [], []
         for final in self._finals:
             self.put(executor_pb2.ExecuteResponse(final=final))
@@ -155,7 +188,11 @@ class ExecuteStream:
         """What goes back, until the sender has half-closed and every request has its Final; raises what `fail` got."""
         while True:
             while self._outgoing:
-                yield self._outgoing.popleft()
+                response, num_entries = self._outgoing.popleft()
+                self._num_unread -= num_entries
+                if self._num_unread <= MAX_UNREAD:
+                    self._has_room.set()
+                yield response
             if self._failure is not None:
                 raise self._failure
             if self.is_half_closed and not self._live:

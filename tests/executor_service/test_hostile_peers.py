@@ -6,14 +6,24 @@ test_execute_items.py, those about Python's own limits in the property tests bes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+import itertools
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
-from diptych.v1 import executor_pb2
+from diptych.service.errors import InvalidInputError, LimitExceededError, OverloadedError
+from diptych.v1 import executor_pb2, tensor_pb2
+from diptych.wire.dtypes import DTYPE_OF_NAME
+from executor_service.front import credit, stream
+from executor_service.front.claims import attest_tensors
+from registry import ItemLayout, Run, TensorSpec
 from tests.executor_service.peer import Peer, Planned
 
 MAX_REQUESTS = 200
@@ -155,6 +165,136 @@ def test_half_closed_while_waiting_for_room(channel, planner, bystander) -> None
 
 
 ZERO_SHAPES = [[0, 56, 56], [3, 56], [3, 56, 56, 1], [], [3, 56, 56, 0]]
+
+
+def test_more_bytes_than_credit(channel, planner, bystander, monkeypatch) -> None:
+    """Chunks in order and within their tensors, but faster than they were asked for."""
+    monkeypatch.setattr(credit, "REQUEST_WINDOW", 4096)
+    planned = planner.plan()
+    with Peer(channel) as peer:
+        peer.start(1, planned)
+        assert peer.wait_credit(1).credit == 4096
+        peer.send_chunk(1, 0, 0, 0, planned.tensors[0].tobytes())
+        answer = peer.finish(1)
+    assert (answer.code.name, answer.facts["stage"]) == ("INVALID_ARGUMENT", "receive")
+    assert "9408 bytes sent, credit was given for 4096" in answer.status.message
+    monkeypatch.undo()
+    bystander()
+
+
+def test_a_picture_twice_in_a_cancelled_request(channel, planner, bystander) -> None:
+    """What it was asked for is free again, all of it: the next hundred such requests and an honest one are served."""
+    planned = planner.plan("<image> and <image>", sizes=((60, 80), (60, 80)))
+    for item in planned.start.items:
+        item.media_digest = b"m" * 32
+    with Peer(channel) as peer:
+        for handle in range(100):
+            peer.start(handle, planned)
+            peer.wait_credit(handle)
+            peer.cancel(handle)
+            answer = peer.finish(handle)
+            assert answer.missing == [0]
+            assert answer.code.name == "CANCELLED"
+        assert peer.run(100, planner.plan()).tokens
+    bystander()
+
+
+def test_a_byte_now_and_then(channel, planner, bystander) -> None:
+    """Never quite silent, and yet not waited for: whoever fills the arena like that would keep everybody out."""
+    planned = planner.plan()
+    is_over = threading.Event()
+    with Peer(channel) as peer:
+
+        def drip() -> None:
+            for offset in itertools.count():
+                peer.send_chunk(1, 0, 0, offset, b"x")
+                if is_over.wait(0.3):
+                    return
+
+        peer.start(1, planned)
+        peer.wait_credit(1)
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        answer = peer.finish(1)
+        is_over.set()
+        dripping.join()
+    assert (answer.code.name, answer.facts["stage"]) == ("DEADLINE_EXCEEDED", "receive")
+    assert re.fullmatch(r"no more than \d+ bytes arrived for 8 s, 9408 were asked for", answer.status.message)
+    bystander()
+
+
+HUGE = {
+    "prompt": lambda start: start.prompt_token_ids.extend([5] * 5_000_000),
+    "output": lambda start: start.output_token_ids.extend([5] * 5_000_000),
+    "axes": lambda start: start.items[0].tensors[0].shape.extend([1] * 5_000_000),
+    "name": lambda start: setattr(start.items[0].tensors[0], "name", "n" * 20_000_000),
+    "tensors": lambda start: start.items[0].tensors.extend([tensor_pb2.Tensor(name="x")] * 100_000),
+    "fingerprint": lambda start: setattr(start, "fingerprint", b"f" * 20_000_000),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_a_huge_start_is_answered_briefly(channel, planner, bystander, name: str) -> None:
+    """What it claims is cut before it is repeated."""
+    start = planner.plan().start
+    HUGE[name](start)
+    with Peer(channel) as peer:
+        peer.send(executor_pb2.ExecuteRequest(handle=1, start=start))
+        answer = peer.finish(1)
+    assert answer.status.ByteSize() < 10_000
+    bystander()
+
+
+class Endless(Sequence[Any]):
+    """Has a length, and nobody may walk over more than the beginning of it."""
+
+    def __len__(self) -> int:
+        return 50_000_000
+
+    def __getitem__(self, key: Any) -> Any:
+        assert isinstance(key, slice)
+        assert key.stop < 1000
+        return [1] * key.stop
+
+    def __iter__(self) -> Any:
+        raise AssertionError("it is walked over, and the event loop stands still")
+
+
+def test_a_start_is_counted_before_it_is_walked_over(planner, server) -> None:
+    admission, honest = server[0].front._admission, planner.plan().start
+    for name in ("prompt_token_ids", "output_token_ids"):
+        fields = {field.name: getattr(honest, field.name) for field in honest.DESCRIPTOR.fields}
+        with pytest.raises(LimitExceededError, match="50000000 tokens; at most"):
+            admission.admit(SimpleNamespace(**{**fields, name: Endless()}, HasField=honest.HasField))
+    spec = ItemLayout((Run(3, 1),), {"x": TensorSpec("uint8", (3, 4))})
+    tensor = SimpleNamespace(name="x", dtype=DTYPE_OF_NAME["uint8"], shape=Endless())
+    with pytest.raises(InvalidInputError, match="of 50000000 axes for x; it must be"):
+        attest_tensors(0, [tensor], spec)
+
+
+async def test_who_does_not_read_is_not_read(monkeypatch) -> None:
+    """Behind answers that nobody fetches nothing more is taken in."""
+    monkeypatch.setattr(stream, "MAX_UNREAD", 100)
+    one = stream.ExecuteStream(None, "peer")  # type: ignore[arg-type]
+    for _ in range(100):
+        one.put(executor_pb2.ExecuteResponse())
+    await asyncio.wait_for(one.wait_for_room(), 1)
+    one.put(executor_pb2.ExecuteResponse())
+    waiting = asyncio.create_task(one.wait_for_room())
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    await anext(one.responses())
+    await asyncio.wait_for(waiting, 1)
+
+
+async def test_a_stream_that_is_never_read_ends(monkeypatch) -> None:
+    """What runs already goes on to make answers; they are not kept for ever."""
+    monkeypatch.setattr(stream, "MAX_KEPT", 300)
+    one = stream.ExecuteStream(None, "peer")  # type: ignore[arg-type]
+    for _ in range(301):
+        one.put(executor_pb2.ExecuteResponse())
+    with pytest.raises(OverloadedError, match="301 entries of answers were not read; at most 300 are kept"):
+        await anext(one.responses())
 
 
 @pytest.mark.parametrize("shape", ZERO_SHAPES)

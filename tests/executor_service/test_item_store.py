@@ -202,6 +202,15 @@ def test_room_taken_for_some_items_is_given_back_with_the_others(store: ItemStor
     assert store.arena.num_used_bytes == 6 * ALIGNMENT
 
 
+def test_a_claim_hands_nothing_on_to_itself(store: ItemStore) -> None:
+    """One picture twice in a request that ends before it has arrived: nobody is asked for it any more."""
+    requester = claim_for(store, ALICE, [("cat", 2), ("dog", 1), ("cat", 2)])
+    store.withdraw(requester.claim)
+    assert requester.left_alone == []
+    store.check_integrity([])
+    assert store.arena.num_used_bytes == 0
+
+
 class StoreMachine(RuleBasedStateMachine):
     """Requests of two peers claim, receive and end in any order."""
 

@@ -18,10 +18,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from diptych.service.errors import UnavailableError
 from diptych.service.lifecycle import CHANNEL_OPTIONS
+from executor_service.engine.messages import FinishReason, SamplingParams, StepReport, Submit
+from executor_service.engine.process import EngineProcess
 from executor_service.server import ExecutorServer
 from executor_service.settings import ExecutorSettings
+from registry.errors import CheckpointError
 from registry.fingerprint import fingerprint
 from tests.checkpoints import make_llava_checkpoint
+from tests.executor_service.conftest import boot_engine
 from tests.executor_service.peer import Peer, Planner, model_facts
 from tests.services import service_thread
 
@@ -210,3 +214,57 @@ def test_an_event_loop_is_all_a_service_needs(checkpoint) -> None:
             return server.address
 
     assert asyncio.run(main()).startswith("127.0.0.1:")
+
+
+def test_a_model_whose_positions_raise_fails_that_request_alone(checkpoint) -> None:
+    """The hook is a plugin's; the engine process goes on."""
+    booted = boot_engine(checkpoint)
+
+    def positions(token_ids: list[int], items: object) -> tuple[list[int], int]:
+        if token_ids[0] == 7:
+            raise IndexError("a grid that is none")
+        return list(range(len(token_ids))), 0
+
+    booted.engine.runner.model.positions = positions
+    sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    connection = Scripted([Submit(number, ids, (), sampling, 0, ()) for number, ids in ((1, [5, 6]), (2, [7, 6]))])
+    with pytest.raises(EOFError):
+        EngineProcess(connection, memoryview(b""), booted).run()
+    finished = {one.request_id: one for report in connection.sent for one in report.finished}
+    assert finished[1].reason is FinishReason.LENGTH
+    assert finished[2].reason is FinishReason.FAILED
+    assert finished[2].error == "positions: IndexError: a grid that is none"
+
+
+class Scripted:
+    """A connection that gives these messages and then ends."""
+
+    def __init__(self, messages: list[Submit]) -> None:
+        self._messages = messages
+        self.sent: list[StepReport] = []
+
+    def poll(self) -> bool:
+        return bool(self._messages)
+
+    def recv(self) -> Submit:
+        if not self._messages:
+            raise EOFError
+        return self._messages.pop(0)
+
+    def send(self, report: StepReport) -> None:
+        self.sent.append(report)
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("longrope", 64), ("dynamic", 128)])
+def test_rotary_embeddings_that_look_at_the_whole_batch(tmp_path, kind: str, limit: int) -> None:
+    checkpoint = make_llava_checkpoint(tmp_path / "model", max_positions=128)
+    config = json.loads((checkpoint / "config.json").read_text())
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    config["text_config"]["rope_parameters"] = rope
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    if kind == "longrope":
+        with pytest.raises(CheckpointError, match=r"rope type 'longrope' .* exceeds 64.*use --max-model-len 64"):
+            boot_engine(checkpoint)
+    assert boot_engine(checkpoint, max_model_len=limit).report.max_model_len == limit

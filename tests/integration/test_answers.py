@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import threading
-import time
 
 import grpc
 import numpy as np
@@ -17,7 +15,6 @@ from diptych.v1 import preprocess_pb2
 from registry import MediaInfo, MediaItem
 from tests.integration.conftest import picture_bytes, prompt_request
 from tests.integration.test_caches import counts
-from tests.integration.test_tokens import collect
 
 TEXT = "What about <image>, then?"
 
@@ -110,27 +107,6 @@ def test_stop_strings_end_each_answer_by_itself(client: Client) -> None:
         prompt(9006), n=3, seed=1, temperature=1.5, max_tokens=40, ignore_eos=True, stop=[letter]
     )
     assert [answer.text for answer in stopped] == [answer.text.split(letter)[0] for answer in answers]
-
-
-def test_priority_travels_to_the_executor(served) -> None:
-    """The batch has 16 places; with 30 requests in front, an urgent one ends before most of those before it."""
-    ended: list[str] = []
-
-    def run(name: str, priority: int) -> None:
-        request = prompt_request("no picture", [], max_tokens=60)
-        request.priority = priority
-        collect(served.stub, request)
-        ended.append(name)
-
-    threads = [threading.Thread(target=run, args=(f"patient {index}", 0)) for index in range(40)]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.3)
-    urgent = threading.Thread(target=run, args=("urgent", 10))
-    urgent.start()
-    for thread in [*threads, urgent]:
-        thread.join(120)
-    assert ended.index("urgent") < 36
 
 
 # --- Process ------------------------------------------------------------------------------------------

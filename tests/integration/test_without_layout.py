@@ -175,3 +175,19 @@ def test_more_bytes_than_there_are(handmade, planner) -> None:
     with Peer(handmade.executor_channel) as peer:
         peer.start(1, planned)
         assert "bytes; at most" in peer.finish(1).status.message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite(handmade, planner: Planner, value: float) -> None:
+    """One of them would spread through the whole batch."""
+    planned = planner.plan("<image> and <image>", sizes=((60, 80), (30, 40)))
+    planned.tensors[1] = planned.tensors[1].copy()
+    planned.tensors[1].flat[-1] = value
+    with Peer(handmade.executor_channel) as peer:
+        honest = peer.run(1, planner.plan()).tokens
+        answer = peer.run(2, planned)
+        assert answer.code.name == "INVALID_ARGUMENT"
+        assert (answer.facts["stage"], answer.facts["item"]) == ("receive", "1")
+        assert answer.status.message == "item 1: pixel_values has values that are not finite"
+        assert peer.run(3, planner.plan()).tokens == honest
+    handmade.check_idle()

@@ -74,6 +74,15 @@ async def test_the_trace_goes_on_to_the_executor(
     assert own.split("-")[1] not in trace
 
 
+@pytest.mark.parametrize("priority", [None, -3, 0, 7])
+async def test_priority_travels_to_the_executor(
+    client: AsyncClient, executor: StandInExecutor, priority: int | None
+) -> None:
+    """None is the default, which the executor takes for 0."""
+    await client.generate(Prompt("x"), max_tokens=1, **({} if priority is None else {"priority": priority}))
+    assert executor.requests[-1].start.priority == (priority or 0)
+
+
 async def test_a_client_that_goes_away_ends_the_decoding(
     checkpoint_dir: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,3 +160,16 @@ async def test_a_damaged_file_ends_its_request_alone(checkpoint_dir: Path, execu
         assert caught.value.code == "INVALID_ARGUMENT"
         assert num_early(server) == 0
         assert (await ask(client, file)).token_ids
+
+
+async def test_an_item_that_is_asked_for_later(
+    checkpoint_dir: Path, executor: StandInExecutor, decoded: list[bytes]
+) -> None:
+    """It was on its way for another request, which has ended; what was asked for first must still arrive."""
+    first, second = files(2)
+    executor.asks_one_by_one = True
+    async with served(checkpoint_dir, executor, media_threads=2) as (server, client):
+        assert (await ask(client, first, second)).token_ids
+        assert executor.requests[-1].is_complete
+        assert set(decoded) == {first, second}
+        assert num_early(server) == 0
