@@ -11,6 +11,7 @@ from typing import Final, Literal
 import numpy as np
 
 from registry.context import InputContext
+from registry.contract import check_layout
 from registry.defaults.dummy_data import default_dummy_data
 from registry.defaults.input_mapper import default_input_mapper
 from registry.defaults.input_processor import splice_replacements
@@ -18,7 +19,7 @@ from registry.defaults.max_tokens import find_largest
 from registry.errors import CheckpointError, InvalidHookError, MissingHookError, UnknownModalityError
 from registry.hooks import Hooks, SupportsMultiModal, hooks_of
 from registry.inputs import DummyData, ProcessorInputs
-from registry.layout import WIRE_DTYPES, ItemLayout, Run, TensorSpec
+from registry.layout import ItemLayout, Run, TensorSpec
 from registry.media import MediaInfo, MediaItem, check_modality
 
 Measure = Literal["num_tokens", "length", "num_bytes"]
@@ -209,15 +210,8 @@ class ModelFamily:
         hook = self.hooks.layouts.get(info.modality)
         if hook is None:
             raise MissingHookError(f"{self.name} has no layout for {info.modality}")
-        layout = hook(self.ctx, info)
-        if layout.length < 1:
-            raise InvalidHookError(f"{self.name}: the layout of {info} has an empty replacement")
+        layout = check_layout(hook(self.ctx, info), f"{self.name}: the layout of {info}", self.ctx.vocab_size)
         self._check_keywords((*layout.tensors, *layout.constants), info.modality)
-        for name, spec in layout.tensors.items():
-            if spec.dtype not in WIRE_DTYPES:
-                raise InvalidHookError(
-                    f"{self.name}: {name} has dtype {spec.dtype!r}; the wire knows {', '.join(WIRE_DTYPES)}"
-                )
         return layout
 
     def _check_keywords(self, names: Iterable[str], modality: str) -> None:

@@ -17,9 +17,11 @@ from registry import (
     INPUT_REGISTRY,
     MULTIMODAL_REGISTRY,
     DummyData,
+    ItemLayout,
     MediaInfo,
     PlaceholderRange,
     ProcessorInputs,
+    Run,
     SupportsMultiModal,
 )
 from registry.checks.probes import noise_item
@@ -69,6 +71,14 @@ def one_more(ctx, media):
         return layout
     (run,) = layout.replacement
     return type(layout)([type(run)(run.token_id, run.count + 1)], layout.tensors)
+
+
+def breaks_of_no_vocabulary(ctx, media):
+    """A row break that the embedding does not have, where the height is large."""
+    layout = llava.layout(ctx, media)
+    if media.height <= 1000:
+        return layout
+    return ItemLayout((*layout.replacement, Run(100_000, 1, is_feature=False)), layout.tensors)
 
 
 def one_picture(ctx, seq_len, counts):

@@ -212,6 +212,12 @@ class TestRegistration:
         assert first_failure(report, "layout and mapper") == expected
         assert "failures, the first 5 of them here" in stage(report, "layout and mapper")["detail"]
 
+    def test_tokens_that_the_embedding_does_not_have(self, fixed: Path, report_of) -> None:
+        with broken.plugin(layout=broken.breaks_of_no_vocabulary) as name:
+            failure = first_failure(report_of(fixed, name), "layout and mapper")
+        assert failure[:2] == ("image layout", "image 1009x1")
+        assert failure[3].endswith("has token id 100000; an int of at least 0 and below 328 is expected")
+
     @pytest.mark.parametrize(
         ("mapper", "actual"),
         [

@@ -144,9 +144,53 @@ def test_an_empty_replacement(ctx, replacement) -> None:
 def test_a_dtype_the_wire_does_not_know(ctx) -> None:
     family = make_family(ctx, layout=lambda *_: ItemLayout((Run(3, 1),), {"x": TensorSpec("complex64", (1,))}))
     with pytest.raises(
-        InvalidHookError, match=r"^Toy: x has dtype 'complex64'; the wire knows bool, uint8, .*float64$"
+        InvalidHookError,
+        match=r"^Toy: the layout of .*: x has dtype 'complex64'; the wire knows bool, uint8, .*float64$",
     ):
         family.layout(MediaInfo.image(4, 5))
+
+
+@pytest.mark.parametrize(
+    ("runs", "found"),
+    [
+        ((Run(3, 16.0),), "has a run of 16.0 tokens; an int of at least 0 is expected"),
+        ((Run(3, True),), "has a run of True tokens; an int of at least 0 is expected"),
+        ((Run(3, 20), Run(3, -4)), "has a run of -4 tokens; an int of at least 0 is expected"),
+        ((Run(-5, 1),), "has token id -5; an int of at least 0 and below 4294967296 is expected"),
+        ((Run(3.0, 1),), "has token id 3.0; an int of at least 0 and below 4294967296 is expected"),
+        ((Run(3, 1), Run(328, 1, False)), "has token id 328; an int of at least 0 and below 328 is expected"),
+        ((Run(3, 1), Run(-5, 1, False)), "has token id -5; an int of at least 0 and below 328 is expected"),
+        ((Run(3, (1 << 24) - 1), Run(4, 2, False)), "has 16777217 tokens; at most 16777216 are allowed"),
+        ((Run(3, 10**12),), "has 1000000000000 tokens; at most 16777216 are allowed"),
+    ],
+    ids=str,
+)
+def test_runs_that_cannot_be_counted_or_looked_up(ctx, runs, found: str) -> None:
+    info = MediaInfo.image(4, 5)
+    with pytest.raises(InvalidHookError, match=exactly(f"Toy: the layout of {info} {found}")):
+        make_family(ctx, layout=lambda *_: ItemLayout(runs, {})).layout(info)
+
+
+def test_runs_up_to_the_last_token_and_of_ids_that_only_features_have(ctx) -> None:
+    runs = (Run(100_000, (1 << 24) - 1), Run(327, 1, False))
+    assert make_family(ctx, layout=lambda *_: ItemLayout(runs, {})).layout(MediaInfo.image(4, 5)).length == 1 << 24
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (-1,), (2.0, 3), (True,), [3, 2], (np.int64(3),)], ids=str)
+def test_shapes_that_no_tensor_of_an_item_has(ctx, shape) -> None:
+    info = MediaInfo.image(4, 5)
+    found = f"x has shape {shape!r}; a tuple of ints of at least 1 is expected"
+    with pytest.raises(InvalidHookError, match=exactly(f"Toy: the layout of {info}: {found}")):
+        make_family(ctx, layout=lambda *_: ItemLayout((Run(3, 1),), {"x": TensorSpec("uint8", shape)})).layout(info)
+
+
+@pytest.mark.parametrize(("result", "name"), [(None, "NoneType"), ({"replacement": []}, "dict")])
+def test_a_layout_that_is_none(ctx, result, name: str) -> None:
+    info = MediaInfo.image(4, 5)
+    with pytest.raises(
+        InvalidHookError, match=exactly(f"Toy: the layout of {info} returned {name}; an ItemLayout is expected")
+    ):
+        make_family(ctx, layout=lambda *_: result).layout(info)
 
 
 @pytest.mark.parametrize("number", [0, -3, lambda ctx: 0], ids=["zero", "negative", "function"])
