@@ -11,7 +11,7 @@ from typing import Final, Literal
 import numpy as np
 
 from registry.context import InputContext
-from registry.contract import check_layout
+from registry.contract import MAX_ITEM_TOKENS, check_layout, is_count
 from registry.defaults.dummy_data import default_dummy_data
 from registry.defaults.input_mapper import default_input_mapper
 from registry.defaults.input_processor import splice_replacements
@@ -114,15 +114,18 @@ class ModelFamily:
         return {name: self._match_spec(arrays, name, layout, item.info) for name in layout.tensors}
 
     def max_tokens(self, modality: str) -> int:
-        """Upper bound of feature tokens per item; InvalidHookError if it is below 1."""
+        """Upper bound of feature tokens per item; InvalidHookError if it is no number of tokens."""
         self.check_modality(modality)
         hook = self.hooks.max_tokens.get(modality)
         if hook is None:
             number = self.layout(self.find_largest(modality, "num_tokens")).num_tokens
         else:
             number = hook(self.ctx) if callable(hook) else hook
-        if number < 1:
-            raise InvalidHookError(f"{self.name}: the maximum {modality} tokens is {number}; it must be at least 1")
+        if not is_count(number, 1) or number > MAX_ITEM_TOKENS:
+            raise InvalidHookError(
+                f"{self.name}: the maximum {modality} tokens is {number!r}; "
+                f"it must be an int from 1 to {MAX_ITEM_TOKENS}"
+            )
         return number
 
     def process(self, inputs: ProcessorInputs) -> ProcessorInputs:

@@ -73,6 +73,11 @@ def one_more(ctx, media):
     return type(layout)([type(run)(run.token_id, run.count + 1)], layout.tensors)
 
 
+def large_ones_are_endless(ctx, media):
+    layout = llava.layout(ctx, media)
+    return layout if media.height < 4000 else ItemLayout((Run(3, 10**12),), layout.tensors)
+
+
 def breaks_of_no_vocabulary(ctx, media):
     """A row break that the embedding does not have, where the height is large."""
     layout = llava.layout(ctx, media)

@@ -252,6 +252,22 @@ class TestRegistration:
         failure = only_failure(report, "maximum tokens")
         assert failure == ("maximum image tokens", "image 1x1", expected, str(maximum))
 
+    def test_a_maximum_without_end(self, fixed: Path, report_of) -> None:
+        """Dummy data is not asked for so many tokens."""
+        with broken.plugin(max_tokens=10**15) as name:
+            report = report_of(fixed, name)
+        actual = only_failure(report, "maximum tokens")[3]
+        assert actual.endswith("is 1000000000000000; it must be an int from 1 to 16777216")
+        assert stage(report, "dummy data")["detail"] == "because maximum tokens failed"
+
+    def test_a_picture_without_end(self, fixed: Path, report_of) -> None:
+        """The fingerprint, the dummy data and the model are not asked to make its tokens."""
+        with broken.plugin(layout=broken.large_ones_are_endless) as name:
+            report = report_of(fixed, name)
+        hook, item, _, actual = first_failure(report, "layout and mapper")
+        assert (hook, item) == ("image layout", "image 4093x1")
+        assert actual.endswith("has 1000000000000 tokens; at most 16777216 are allowed")
+
     def test_dummy_data_that_is_short(self, fixed: Path, report_of) -> None:
         items = [noise_item(MediaInfo.image(1, 1))]
         with broken.plugin(dummy=lambda ctx, seq_len, counts: DummyData([3, 5], items)) as name:

@@ -193,10 +193,16 @@ def test_a_layout_that_is_none(ctx, result, name: str) -> None:
         make_family(ctx, layout=lambda *_: result).layout(info)
 
 
-@pytest.mark.parametrize("number", [0, -3, lambda ctx: 0], ids=["zero", "negative", "function"])
-def test_a_maximum_below_1(ctx, number) -> None:
-    with pytest.raises(InvalidHookError, match=r"^Toy: the maximum image tokens is -?\d; it must be at least 1$"):
-        make_family(ctx, max_tokens=number).max_tokens("image")
+@pytest.mark.parametrize(
+    ("maximum", "found"),
+    [(0, "0"), (-3, "-3"), (lambda ctx: 0, "0"), (float("nan"), "nan"), (7.0, "7.0"), ("many", "'many'"),
+     (lambda ctx: None, "None"), (10**15, "1000000000000000")],
+    ids=str,
+)  # fmt: skip
+def test_a_maximum_that_is_no_number_of_tokens(ctx, maximum, found: str) -> None:
+    message = f"Toy: the maximum image tokens is {found}; it must be an int from 1 to 16777216"
+    with pytest.raises(InvalidHookError, match=exactly(message)):
+        make_family(ctx, max_tokens=maximum).max_tokens("image")
 
 
 def test_a_layout_without_features_has_no_maximum(ctx) -> None:
