@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,20 +71,39 @@ def set_processor(path: Path, **changes: Any) -> None:
     write_json(path / "preprocessor_config.json", processor_config("clip", 56, **changes))
 
 
+def set_tokenizer(path: Path, change: Callable[[Any], None]) -> None:
+    file = path / "tokenizer.json"
+    content = json.loads(file.read_text("utf-8"))
+    change(content)
+    write_json(file, content)
+
+
 def set_config(path: Path, **changes: Any) -> None:
     config = json.loads((path / "config.json").read_text("utf-8"))
     write_json(path / "config.json", {**config, **changes})
 
 
+TRUNCATION = {"direction": "Right", "max_length": 999, "strategy": "LongestFirst", "stride": 0}
+PADDING = {
+    "strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+    "pad_token": "<pad>",
+}  # fmt: skip
 CHANGES: dict[str, tuple[Any, list[str]]] = {
     "nothing": (lambda path: None, []),
     "normalisation": (lambda path: set_processor(path, image_mean=[0.5] * 3, rescale_factor=0.1), []),
     "fewer tokens": (lambda path: write_tokenizer(path, 300), ["tokenizer"]),
+    "a merge less": (lambda path: set_tokenizer(path, lambda t: t["model"]["merges"].pop()), ["tokenizer"]),
+    "a normalizer": (lambda path: set_tokenizer(path, lambda t: t.update(normalizer={"type": "NFC"})), ["tokenizer"]),
+    "a flag": (lambda path: set_tokenizer(path, lambda t: t["added_tokens"][3].update(lstrip=True)), ["tokenizer"]),
+    "another decoder": (lambda path: set_tokenizer(path, lambda t: t.update(decoder={"type": "Fuse"})), ["tokenizer"]),
+    "truncation": (
+        lambda path: set_tokenizer(path, lambda t: t.update(truncation=TRUNCATION, padding=PADDING)), [],
+    ),
     "another filter": (lambda path: set_processor(path, resample=2), ["input mapper"]),
     "another resize": (lambda path: set_processor(path, size={"shortest_edge": 60}), ["input mapper"]),
     "all features": (lambda path: set_config(path, vision_feature_select_strategy="full"), ["item layout"]),
     "another placeholder": (lambda path: set_config(path, image_token_index=9), ["item layout", "tokenizer"]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -149,6 +169,30 @@ def test_fewer_probes_differ(ctx) -> None:
 
 def test_constants_are_part_of_the_layout(ctx) -> None:
     assert fingerprint(float_family(ctx)).differences(fingerprint(float_family(ctx, constant=1))) == ["item layout"]
+
+
+class WithoutStart:
+    """A tokenizer that encodes otherwise than its rules say, as a class of transformers' may."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)[1:]
+
+
+def test_what_a_tokenizer_makes_of_texts_counts_beside_its_rules(ctx) -> None:
+    other = float_family(replace(ctx, tokenizer=WithoutStart(ctx.tokenizer)))
+    assert fingerprint(float_family(ctx)).differences(fingerprint(other)) == ["tokenizer"]
+
+
+def test_a_tokenizer_that_has_been_used(ctx) -> None:
+    before = fingerprint(float_family(ctx))
+    ctx.tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)
+    assert fingerprint(float_family(ctx)) == before
 
 
 def test_a_checkpoint_error_comes_out(tmp_path: Path) -> None:
