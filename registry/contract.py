@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final, TypeVar
 
 from registry.errors import InvalidHookError
+from registry.inputs import DummyData
 from registry.layout import WIRE_DTYPES, ItemLayout, Run, TensorSpec
 
 ValueT = TypeVar("ValueT")
@@ -27,6 +28,14 @@ def check_layout(layout: object, where: str, vocab_size: int) -> ItemLayout:
     for name, spec in checked.tensors.items():
         _check_shape(name, spec, where)
     return checked
+
+
+def check_dummy_data(data: object, where: str) -> DummyData:
+    """A plain tuple does as well."""
+    pair = expect_type(data, tuple, where)
+    if len(pair) != 2:
+        raise InvalidHookError(f"{where} returned {len(pair)} values; token ids and items are expected")
+    return DummyData(expect_type(pair[0], list, f"{where}, for its token ids,"), list(pair[1]))
 
 
 def expect_type(value: object, wanted: type[ValueT], where: str) -> ValueT:

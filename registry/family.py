@@ -11,7 +11,7 @@ from typing import Final, Literal
 import numpy as np
 
 from registry.context import InputContext
-from registry.contract import MAX_ITEM_TOKENS, check_layout, is_count
+from registry.contract import MAX_ITEM_TOKENS, check_dummy_data, check_layout, expect_type, is_count
 from registry.defaults.dummy_data import default_dummy_data
 from registry.defaults.input_mapper import default_input_mapper
 from registry.defaults.input_processor import splice_replacements
@@ -105,7 +105,9 @@ class ModelFamily:
 
     def map_item(self, item: MediaItem) -> dict[str, np.ndarray]:
         """The item's tensors, contiguous, exactly as the layout says; constants are checked and dropped."""
-        arrays = dict(self._map(item))
+        where = f"{self.name}: the {item.modality} input mapper"
+        emitted: Mapping[str, np.ndarray] = expect_type(self.emit(item), Mapping, where)  # type: ignore[type-abstract]
+        arrays = dict(emitted)
         if not self.has_layout(item.modality):
             self._check_keywords(arrays, item.modality)
             return {name: np.asarray(array, order="C") for name, array in arrays.items()}
@@ -134,14 +136,20 @@ class ModelFamily:
             self.check_modality(info.modality)
         if self.hooks.input_processor is None:
             return splice_replacements(self, inputs)
-        processed = self.hooks.input_processor(self.ctx, inputs)
+        result = self.hooks.input_processor(self.ctx, inputs)
+        processed = expect_type(result, ProcessorInputs, f"{self.name}: the input processor")
         self._check_ranges(processed, len(inputs.media))
         return processed
 
     def dummy_data(self, seq_len: int, mm_counts: Mapping[str, int]) -> tuple[ProcessorInputs, list[MediaItem]]:
         """The registered dummy data, expanded and checked: at least `seq_len` tokens and `mm_counts` items."""
         hook = self.hooks.dummy_data
-        data = DummyData(*hook(self.ctx, seq_len, mm_counts)) if hook else default_dummy_data(self, seq_len, mm_counts)
+        where = f"{self.name}: the dummy data"
+        data = (
+            check_dummy_data(hook(self.ctx, seq_len, mm_counts), where)
+            if hook
+            else default_dummy_data(self, seq_len, mm_counts)
+        )
         for modality, count in mm_counts.items():
             self._check_dummy_count(data, modality, count)
         inputs = self.process(ProcessorInputs(list(data.prompt_token_ids), [item.info for item in data.items]))
@@ -167,12 +175,13 @@ class ModelFamily:
         runs = [Run(token, len(list(same)), token == placeholder) for token, same in groupby(token_ids)]
         return ItemLayout(runs, tensors)
 
-    # --- checks -----------------------------------------------------------------------------------
-
-    def _map(self, item: MediaItem) -> Mapping[str, np.ndarray]:
+    def emit(self, item: MediaItem) -> Mapping[str, np.ndarray]:
+        """Whatever the item's mapper returns, unchecked."""
         if (hook := self.hooks.input_mappers.get(item.modality)) is not None:
             return hook(self.ctx, item)
         return default_input_mapper(self.ctx, item, self.hooks.input_mappers.get("image"))
+
+    # --- checks -----------------------------------------------------------------------------------
 
     @cached_property
     def _largest(self) -> dict[tuple[str, str], MediaInfo]:

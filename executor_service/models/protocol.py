@@ -56,13 +56,14 @@ def load_model_class(family: ModelFamily) -> type[nn.Module]:
     if isinstance(family.cls, type) and issubclass(family.cls, nn.Module):
         return cast(type[nn.Module], family.cls)
     name = family.cls.executor_model
-    if not name or ":" not in name:
+    if not isinstance(name, str) or ":" not in name:
         raise TypeError(f'{family.name}: executor_model must name a class as "package.module:Class", it is {name!r}')
     module_name, _, class_name = name.partition(":")
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise TypeError(f"{family.name}: cannot load the executor model {name!r}: {error}") from error
+    except Exception as error:  # it is somebody's program: anything may come out
+        cause = f"{type(error).__name__}: {error}"
+        raise TypeError(f"{family.name}: cannot load the executor model {name!r}: {cause}") from error
     return cast(type[nn.Module], cls)
 
 

@@ -10,11 +10,10 @@ import numpy as np
 from registry.checks.probes import describe, noise_item, representatives
 from registry.checks.report import Findings
 from registry.checks.subject import Subject
-from registry.defaults.input_mapper import default_input_mapper
 from registry.errors import InvalidHookError, MediaError
 from registry.family import ModelFamily
 from registry.layout import ItemLayout, TensorSpec
-from registry.media import MediaInfo, MediaItem
+from registry.media import MediaInfo
 
 MAX_ITEMS: Final = 96
 AT_LEAST: Final = 24
@@ -54,18 +53,22 @@ def check_item(family: ModelFamily, info: MediaInfo, findings: Findings) -> None
     hook, item = f"{info.modality} input mapper", noise_item(info)
     with findings.calling(hook, describe(info)):
         try:
-            family.map_item(item)
+            mapped = family.map_item(item)
         except InvalidHookError as error:
-            differences = list(_differences(family.layout(info), _emitted(family, item)))
+            emitted = family.emit(item)
+            differences = list(_differences(family.layout(info), emitted)) if isinstance(emitted, Mapping) else []
             for expected, actual in differences or [("the layout's tensors", str(error))]:
                 findings.fail(hook, describe(info), expected, actual)
+        else:
+            _check_finite(hook, info, mapped, findings)
 
 
-def _emitted(family: ModelFamily, item: MediaItem) -> Mapping[str, np.ndarray]:
-    hook = family.hooks.input_mappers.get(item.modality)
-    if hook is not None:
-        return hook(family.ctx, item)
-    return default_input_mapper(family.ctx, item, family.hooks.input_mappers.get("image"))
+def _check_finite(hook: str, info: MediaInfo, mapped: Mapping[str, np.ndarray], findings: Findings) -> None:
+    """A NaN would spread to every logit, where nothing tells who made it."""
+    for name, array in mapped.items():
+        if array.dtype.kind == "f" and not (finite := np.isfinite(array)).all():
+            actual = f"{array.size - int(finite.sum())} of {array.size} values are NaN or infinite"
+            findings.fail(hook, describe(info), f"finite {name}", actual)
 
 
 def _differences(layout: ItemLayout, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:

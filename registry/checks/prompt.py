@@ -13,6 +13,7 @@ from registry.checks.mapper import lay_out
 from registry.checks.probes import describe, noise_item, representatives
 from registry.checks.report import Findings, SkippedStageError
 from registry.checks.subject import Subject
+from registry.contract import expect_type
 from registry.defaults.input_processor import splice_replacements
 from registry.inputs import ProcessorInputs
 from registry.media import MediaInfo
@@ -42,7 +43,8 @@ def _check_expansion(subject: Subject, info: MediaInfo, findings: Findings) -> N
     inputs = ProcessorInputs([text, family.placeholder_token_id(info.modality), text], [info])
     with findings.calling("input processor", describe(info)):
         assert family.hooks.input_processor is not None
-        expected, actual = splice_replacements(family, inputs), family.hooks.input_processor(family.ctx, inputs)
+        expected = splice_replacements(family, inputs)
+        actual = expect_type(family.hooks.input_processor(family.ctx, inputs), ProcessorInputs, "the input processor")
         findings.expect(
             "input processor",
             f"{describe(info)}, ids",

@@ -56,9 +56,10 @@ def test_bidirectional_spans_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [(None, "package.module:Class"), ("no_colon", "package.module:Class"), ("not.there:Model", "cannot load"),
-     ("executor_service.models.llava:Nothing", "cannot load")],
+     ("executor_service.models.llava:Nothing", "cannot load"), (5, "package.module:Class"),
+     ("tests.cli.no_model:Model", "cannot load .*: ZeroDivisionError: division by zero")],
 )  # fmt: skip
-def test_an_executor_model_that_cannot_be_loaded(name: str | None, text: str) -> None:
+def test_an_executor_model_that_cannot_be_loaded(name: object, text: str) -> None:
     @MULTIMODAL_REGISTRY.register_image_layout(lambda ctx, media: None)
     class Family(SupportsMultiModal):
         executor_model = name

@@ -124,6 +124,25 @@ def test_plugins_that_are_none() -> None:
         known_families(["json"])
 
 
+BROKEN = {
+    "def f(:": "SyntaxError: invalid syntax",
+    "1 / 0": "ZeroDivisionError: division by zero",
+    "raise SystemExit(3)": "SystemExit: 3",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_modules_that_do_not_run(ctx, tmp_path, monkeypatch, set_entry_points, text: str) -> None:
+    name = f"does_not_run_{list(BROKEN).index(text)}"
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"{name}.py").write_text(text, "utf-8")
+    with pytest.raises(RegistryError, match=f"^cannot import the plugin '{name}': {BROKEN[text]}"):
+        known_families([name])
+    set_entry_points(Mine=f"{name}:Mine")
+    with pytest.raises(RegistryError, match=f"^cannot load the family '{name}:Mine': {BROKEN[text]}"):
+        bind_family(with_architecture(ctx, "Mine"))
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
