@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
 
-from registry.checks.probes import describe, noise_item, representatives
+from registry.checks.probes import describe, large_pictures, noise_item, representatives
 from registry.checks.report import Findings
 from registry.checks.subject import Subject
 from registry.errors import InvalidHookError, MediaError
@@ -27,13 +27,20 @@ def check_mapper(subject: Subject, findings: Findings) -> str:
     for modality in subject.layouts:
         probes = lay_out(subject, modality, findings)
         num_mapped = 0
-        for info in findings.each(representatives(probes)[:MAX_ITEMS], AT_LEAST, SECONDS):
+        for info in findings.each(_mapped(probes), AT_LEAST, SECONDS):
             check_item(subject.family, info, findings)
             num_mapped += 1
         details.append(f"{modality}: {len(probes)} layouts, {num_mapped} items mapped")
     for modality in set(subject.family.modalities) - set(subject.layouts):
         details.append(f"{modality}: no layout to compare with")
     return "; ".join(details)
+
+
+def _mapped(probes: Sequence[tuple[MediaInfo, ItemLayout]]) -> list[MediaInfo]:
+    """The telling ones, the large ones among those that there is always time for."""
+    telling, large = representatives(probes), large_pictures(probes)
+    first = AT_LEAST - len(large)
+    return list(dict.fromkeys([*telling[:first], *large, *telling[first:]]))[:MAX_ITEMS]
 
 
 def lay_out(subject: Subject, modality: str, findings: Findings) -> list[tuple[MediaInfo, ItemLayout]]:

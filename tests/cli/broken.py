@@ -105,6 +105,21 @@ def without_rows(ctx, item):
     return {"pixel_values": llava.map_image(ctx, item)["pixel_values"][:, 1:]}
 
 
+def large_without_tile(ctx, item):
+    """A tile too few of what is larger than a small photograph."""
+    tensors = llava_next.map_image(ctx, item)
+    height, width = item.info.size
+    if height * width <= 1_100_000:
+        return tensors
+    return {**tensors, "pixel_values": tensors["pixel_values"][:-1]}
+
+
+def without_lines(ctx, item):
+    if sorted(item.info.size) == [1, 8192]:
+        raise ValueError("so long")
+    return llava.map_image(ctx, item)
+
+
 def as_floats(ctx, item):
     return {"pixel_values": llava.map_image(ctx, item)["pixel_values"].astype(np.float32)}
 

@@ -1,4 +1,4 @@
-"""`diptych check`: whole families pass; a broken model fails in its stage, with the method, the size and both values."""
+"""`diptych check`: whole families pass; a broken model fails in its stage: the method, the size and both values."""
 
 from __future__ import annotations
 

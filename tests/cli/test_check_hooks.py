@@ -103,6 +103,21 @@ def test_a_mapper_of_no_numbers(fixed: Path, report_of, emitted, expected: str, 
     assert failure[3].startswith(actual)
 
 
+def test_a_mapper_that_fails_on_large_pictures(anyres: Path, report_of) -> None:
+    with broken.plugin(llava_next, mapper=broken.large_without_tile) as name:
+        failures = stage(report_of(anyres, name), "layout and mapper")["failures"]
+    assert [failure["item"] for failure in failures] == ["image 1080x1920", "image 3000x4000"]
+    assert failures[0]["expected"] == "pixel_values uint8 [5, 3, 56, 56]"
+    assert failures[0]["actual"] == "pixel_values uint8 [4, 3, 56, 56]"
+
+
+def test_a_mapper_that_fails_on_the_longest_pictures(fixed: Path, report_of) -> None:
+    with broken.plugin(mapper=broken.without_lines) as name:
+        failures = stage(report_of(fixed, name), "layout and mapper")["failures"]
+    assert {failure["item"] for failure in failures} == {"image 1x8192", "image 8192x1"}
+    assert {failure["actual"] for failure in failures} == {"ValueError: so long"}
+
+
 def test_an_input_processor_that_returns_nothing(fixed: Path, report_of) -> None:
     with broken.plugin(processor=lambda ctx, inputs: None) as name:
         failure = first_failure(report_of(fixed, name), "input processor")
