@@ -55,6 +55,11 @@ class ModelFamily:
         """Whether items of `modality` can be planned from headers."""
         return modality in self.hooks.layouts
 
+    @property
+    def has_all_layouts(self) -> bool:
+        """Whether the layouts name every tensor that items may have."""
+        return all(self.has_layout(modality) for modality in self.modalities)
+
     def check_modality(self, modality: str) -> None:
         """UnknownModalityError unless the family supports `modality`."""
         check_modality(modality)

@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
+from inspect import Parameter
 from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
@@ -74,16 +75,31 @@ def check_model_class(cls: type, tensor_names: Iterable[str]) -> None:
             raise TypeError(f"{cls.__name__} lacks the method {method} of the executor model protocol")
     if hasattr(cls, "bidirectional_spans"):
         raise TypeError(f"{cls.__name__}.bidirectional_spans: bidirectional spans are not served yet")
-    embed: Any = cls.embed_multimodal  # type: ignore[attr-defined]
-    parameters = inspect.signature(embed).parameters.values()
+    parameters = _embed_parameters(cls)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
-    accepted = {parameter.name for parameter in parameters} - {"self"}
+    accepted = {parameter.name for parameter in parameters}
     if missing := set(tensor_names) - accepted:
         raise TypeError(
             f"{cls.__name__}.embed_multimodal does not take {', '.join(sorted(missing))}, which the layout emits; "
             f"it takes {', '.join(sorted(accepted))}"
         )
+
+
+def check_required_keywords(cls: type, tensor_names: Iterable[str]) -> None:
+    """TypeError naming the keywords without which `embed_multimodal` cannot be called and that no layout emits."""
+    named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_ONLY)
+    required = {p.name for p in _embed_parameters(cls) if p.default is Parameter.empty and p.kind in named}
+    if missing := required - set(tensor_names):
+        raise TypeError(
+            f"{cls.__name__}.embed_multimodal requires {', '.join(sorted(missing))}, which no layout emits; "
+            f"the layouts emit {', '.join(sorted(tensor_names))}"
+        )
+
+
+def _embed_parameters(cls: Any) -> list[Parameter]:
+    """Those of `embed_multimodal`, without `self`."""
+    return [p for p in inspect.signature(cls.embed_multimodal).parameters.values() if p.name != "self"]
 
 
 def kv_geometry(model: nn.Module, text_config: Any) -> KVGeometry:

@@ -148,6 +148,19 @@ class OneFeatureLess(LlavaModel):
         return [features[1:] for features in super().embed_multimodal(pixel_values)]
 
 
+class Backwards(LlavaModel):
+    """Items that go through together come out in another order, where nobody can tell by their shape."""
+
+    def embed_multimodal(self, pixel_values: list[Tensor]) -> list[Tensor]:
+        features = super().embed_multimodal(pixel_values)
+        return features[::-1] if len({one.shape for one in features}) == 1 else features
+
+
+class NarrowLogits(LlavaModel):
+    def compute_logits(self, rows):
+        return super().compute_logits(rows)[:, :-3]
+
+
 class NoPositions(LlavaModel):
     def forward(self, input_ids, positions, inputs_embeds, **adapter):
         return super().forward(input_ids, torch.zeros_like(positions), inputs_embeds, **adapter)
@@ -169,6 +182,11 @@ class NoLogits(torch.nn.Module):
 class NoPixels(LlavaModel):
     def embed_multimodal(self, images: list[Tensor]) -> list[Tensor]:  # type: ignore[override]
         return super().embed_multimodal(images)
+
+
+class NeedsMasks(LlavaModel):
+    def embed_multimodal(self, pixel_values: list[Tensor], masks: list[Tensor]) -> list[Tensor]:  # type: ignore[override]
+        return super().embed_multimodal(pixel_values)
 
 
 class TwoArguments(LlavaModel):

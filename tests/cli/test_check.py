@@ -106,6 +106,7 @@ class TestExecutorModel:
                 "NoPixels",
                 "NoPixels.embed_multimodal does not take pixel_values, which the layout emits; it",
             ),
+            ("NeedsMasks", "NeedsMasks", "requires masks, which no layout emits; the layouts emit pixel_values"),
             ("TwoArguments", "TwoArguments.forward", "forward(self, positions, inputs_embeds): too many positional"),
             ("NeedsMore", "NeedsMore.__init__", "the checkpoint lacks weights: more.bias, more.weight"),
         ],
@@ -134,8 +135,20 @@ class TestExecutorModel:
         assert int(item.removeprefix("image ").split("x")[0]) % 97 == 0
         assert (expected, actual) == ("features of shapes [[17, 64]]", "features of [[16, 64]]")
 
+    def test_items_that_change_places(self, fixed: Path, report_of) -> None:
+        with broken.plugin(model="Backwards") as name:
+            hook, item, expected, actual = only_failure(report_of(fixed, name), "features")
+        assert hook == "Backwards.embed_multimodal"
+        assert item.startswith("two of image ")
+        assert (expected, actual) == ("the features that each has alone", "each other's")
+
 
 class TestForward:
+    def test_logits_of_fewer_tokens(self, fixed: Path, tmp_path: Path, report_of) -> None:
+        with broken.plugin(model="NarrowLogits", architecture="OwnForImage2Seq") as name:
+            failure = only_failure(report_of(renamed(fixed, tmp_path / "own"), name), "forward")
+        assert failure == ("NarrowLogits.compute_logits", "text alone", "328 logits, as many as ids", "325 logits")
+
     @pytest.mark.parametrize("model", ["NoPositions", "NoFeatures"])
     def test_not_what_transformers_computes(self, fixed: Path, report_of, model: str) -> None:
         with broken.plugin(model=model) as name:
