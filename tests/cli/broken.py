@@ -90,6 +90,29 @@ def one_picture(ctx, seq_len, counts):
     return DummyData([3, *[5] * seq_len], [noise_item(MediaInfo.image(1, 1))])
 
 
+def several_pictures(ctx, seq_len, counts):
+    return DummyData([*[3] * counts["image"], *[5] * seq_len], [noise_item(MediaInfo.image(1, 1))] * counts["image"])
+
+
+def fewer_behind_the_first(ctx, inputs):
+    """Every picture but the first becomes fifteen tokens."""
+    ids: list[int] = []
+    ranges: list[PlaceholderRange] = []
+    for token in inputs.prompt_token_ids:
+        count = 1 if token != 3 else 15 if ranges else 16
+        if token == 3:
+            ranges.append(PlaceholderRange(len(ids), count))
+        ids += [token] * count
+    return ProcessorInputs(ids, inputs.media, ranges)
+
+
+def ranges_off_by_one(ctx, inputs):
+    """The right ids, and ranges that leave each item's first token out."""
+    right = sixteen_each(ctx, inputs)
+    ranges = [PlaceholderRange(place.offset + 1, place.length - 1) for place in right.placeholders]
+    return ProcessorInputs(right.prompt_token_ids, inputs.media, ranges)
+
+
 def sixteen_each(ctx, inputs):
     """Every picture becomes sixteen tokens."""
     ids: list[int] = []

@@ -81,13 +81,13 @@ class TestWholeFamilies:
 
     def test_a_family_without_a_layout(self, fixed: Path, report_of) -> None:
         """There is nothing to hold its hooks against; what can be called is called."""
-        with broken.plugin(max_tokens=16, dummy=broken.one_picture, processor=broken.sixteen_each) as name:
+        with broken.plugin(max_tokens=16, dummy=broken.several_pictures, processor=broken.sixteen_each) as name:
             broken.hooks_of_plugin().layouts.clear()
             report = report_of(fixed, name)
         assert failed(report) == []
         skipped = [stage["name"] for stage in report["stages"] if stage.get("skipped")]
         assert skipped == ["input processor", "transformers' processor", "maximum tokens", "features", "forward"]
-        assert stage(report, "dummy data")["detail"] == "80 tokens, image 1x1"
+        assert stage(report, "dummy data")["detail"] == "80 tokens, image 1x1; 96 tokens, image 1x1, image 1x1"
 
     def test_as_a_command(self, fixed: Path) -> None:
         done = diptych("check", "--model", fixed, "--json")

@@ -194,6 +194,29 @@ def test_an_input_processor_of_its_own_mind(fixed: Path, report_of) -> None:
     assert (expected, actual) == ("4 3*16 4", "4 3 4")
 
 
+def test_an_input_processor_that_is_right_with_one_item(fixed: Path, report_of) -> None:
+    with broken.plugin(processor=broken.fewer_behind_the_first) as name:
+        failures = stage(report_of(fixed, name), "input processor")["failures"]
+    assert [failure["item"].count(" and ") for failure in failures] == [1, 1, 2, 2]
+    assert (failures[0]["expected"], failures[0]["actual"]) == ("4 3*16 4 3*16 4", "4 3*16 4 3*15 4")
+
+
+def test_an_input_processor_of_other_ranges(fixed: Path, report_of) -> None:
+    with broken.plugin(processor=broken.ranges_off_by_one) as name:
+        failure = first_failure(report_of(fixed, name), "input processor")
+    assert failure == (
+        "input processor", "image 1x1, ranges",
+        "[PlaceholderRange(offset=1, length=16)]", "[PlaceholderRange(offset=2, length=15)]",
+    )  # fmt: skip
+
+
+def test_dummy_data_that_ignores_the_number(fixed: Path, report_of) -> None:
+    with broken.plugin(dummy=broken.one_picture) as name:
+        hook, item, _, actual = only_failure(report_of(fixed, name), "dummy data")
+    assert (hook, item) == ("dummy data", "asked for 96 tokens and 2 image")
+    assert actual == "InvalidHookError: Broken: dummy data has 1 image items; 2 were asked for"
+
+
 def test_a_count_that_transformers_does_not_share(fixed: Path, report_of) -> None:
     with broken.plugin(layout=broken.one_more) as name:
         report = report_of(fixed, name)
