@@ -86,6 +86,12 @@ def breaks_of_no_vocabulary(ctx, media):
     return ItemLayout((*layout.replacement, Run(100_000, 1, is_feature=False)), layout.tensors)
 
 
+def starts_with_a_token(ctx, media):
+    """As many features as there should be, behind a token that transformers does not put there."""
+    layout = llava.layout(ctx, media)
+    return ItemLayout((Run(4, 1, is_feature=False), *layout.replacement), layout.tensors)
+
+
 def one_picture(ctx, seq_len, counts):
     return DummyData([3, *[5] * seq_len], [noise_item(MediaInfo.image(1, 1))])
 
@@ -143,6 +149,20 @@ def without_lines(ctx, item):
     return llava.map_image(ctx, item)
 
 
+def with_masks(ctx, item):
+    return {**llava.map_image(ctx, item), "masks": np.ones((56, 56), bool)}
+
+
+ODD_SIZE = (555, 444)
+"""A size that no other stage maps."""
+
+
+def all_but_odd(ctx, item):
+    if item.info.size == ODD_SIZE:
+        raise ValueError("so odd")
+    return llava.map_image(ctx, item)
+
+
 def as_floats(ctx, item):
     return {"pixel_values": llava.map_image(ctx, item)["pixel_values"].astype(np.float32)}
 
@@ -182,6 +202,14 @@ class Backwards(LlavaModel):
 class NarrowLogits(LlavaModel):
     def compute_logits(self, rows):
         return super().compute_logits(rows)[:, :-3]
+
+
+class OtherChoices(LlavaModel):
+    """Right logits of whole prompts, and others of the few rows that tokens are chosen from."""
+
+    def compute_logits(self, rows):
+        logits = super().compute_logits(rows)
+        return logits if len(rows) > 3 else -logits
 
 
 class NoPositions(LlavaModel):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
 from diptych.cli.main import main
 from executor_service.checks import trial
+from executor_service.checks.prompts import Prompt
+from executor_service.checks.recorder import Answer, Run
 from tests.cli import broken
-from tests.cli.checking import failed, first_failure, only_failure, renamed, stage
+from tests.cli.checking import STAGES, failed, first_failure, only_failure, renamed, stage
 from tests.cli.command import diptych
 from tests.plugins import checkpoints as plugin_checkpoints
 
@@ -57,6 +61,17 @@ class TestWholeFamilies:
         # The table's lines are broken to the terminal's width.
         assert "maximum image tokens, image 1x1: expected at least 16, got 3" in " ".join(output.out.split())
         assert output.out.endswith("FAILED: maximum tokens\n")
+
+    def test_progress_on_a_terminal(self, fixed: Path, without_torch, monkeypatch) -> None:
+        terminal = StringIO()
+        monkeypatch.setattr(terminal, "isatty", lambda: True)
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert main(["check", "--model", str(fixed)]) == 0
+        shown = terminal.getvalue().split("\r")
+        for name in STAGES:
+            assert any(line.startswith(f"{name} ") and line.rstrip().endswith("%") for line in shown), name
+        assert any("100 %" in line for line in shown)
+        assert not shown[-1].strip(), "the bar goes when all is done"
 
     def test_a_family_that_transformers_does_not_know(self, fixed: Path, tmp_path: Path, report_of) -> None:
         own = renamed(fixed, tmp_path / "own")
@@ -166,6 +181,30 @@ class TestForward:
     def test_chunks_that_matter(self, fixed: Path, report_of) -> None:
         with broken.plugin(model="StepsDiffer") as name:
             assert "StepsDiffer.forward in chunks of" in only_failure(report_of(fixed, name), "forward")[0]
+
+    def test_tokens_in_chunks_that_are_not_those_in_one_piece(self, fixed: Path, report_of, monkeypatch) -> None:
+        """Of the last token no logits follow that would show it."""
+        answer = Run.answer
+
+        def another_last_token(run: Run, prompts: list[Prompt]) -> list[Answer]:
+            answers = answer(run, prompts)
+            if len(prompts) > 1:
+                answers[1].token_ids[-1] ^= 1
+            return answers
+
+        monkeypatch.setattr(Run, "answer", another_last_token)
+        hook, item, expected, actual = only_failure(report_of(fixed), "forward")
+        assert "LlavaModel.forward in chunks of" in hook
+        assert item.endswith(", greedy tokens")
+        assert json.loads(expected)[:-1] == json.loads(actual)[:-1]
+        assert json.loads(expected)[-1] ^ 1 == json.loads(actual)[-1]
+
+    def test_tokens_that_transformers_would_not_choose(self, fixed: Path, report_of) -> None:
+        with broken.plugin(model="OtherChoices") as name:
+            hook, item, expected, actual = only_failure(report_of(fixed, name), "forward")
+        assert (hook, item) == ("OtherChoices.forward", "text alone, greedy tokens")
+        assert len(json.loads(expected)) == len(json.loads(actual)) == 6
+        assert expected != actual
 
     @pytest.mark.parametrize(("model", "what"), [("NoPositions", "other positions"), ("NoFeatures", "other features")])
     def test_what_it_ignores_without_a_reference(

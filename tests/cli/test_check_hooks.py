@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from registry import DummyData, ItemLayout, MediaInfo, Run, TensorSpec
 from registry.checks.probes import noise_item
 from registry.models import llava_next
+from tests.checkpoints import write_json
 from tests.cli import broken
 from tests.cli.checking import first_failure, only_failure, renamed, stage
 
@@ -40,6 +43,13 @@ def test_a_missing_hook(fixed: Path, report_of) -> None:
         broken.hooks_of_plugin().layouts.clear()
         report = report_of(fixed, name)
     assert "must register the maximum tokens by hand" in only_failure(report, "hooks")[3]
+
+
+def test_a_placeholder_that_the_tokenizer_does_not_have(fixed: Path, tmp_path: Path, report_of) -> None:
+    path = shutil.copytree(fixed, tmp_path / "changed")
+    config = json.loads((path / "config.json").read_text())
+    write_json(path / "config.json", {**config, "image_token_index": 320})
+    assert only_failure(report_of(path), "hooks") == ("image placeholder", "", "a token id below 320", "320")
 
 
 def test_own_and_default_hooks_and_what_overrides_what(fixed: Path, report_of) -> None:
@@ -101,6 +111,12 @@ def test_a_mapper_of_no_numbers(fixed: Path, report_of, emitted, expected: str, 
         failure = first_failure(report_of(fixed, name), "layout and mapper")
     assert failure[:3] == ("image input mapper", "image 1x1", expected)
     assert failure[3].startswith(actual)
+
+
+def test_a_mapper_of_more_than_the_layout_names(fixed: Path, report_of) -> None:
+    with broken.plugin(mapper=broken.with_masks) as name:
+        failure = first_failure(report_of(fixed, name), "layout and mapper")
+    assert failure == ("image input mapper", "image 1x1", "only pixel_values", "masks too")
 
 
 def test_a_mapper_that_fails_on_large_pictures(anyres: Path, report_of) -> None:
@@ -210,6 +226,16 @@ def test_an_input_processor_of_other_ranges(fixed: Path, report_of) -> None:
     )  # fmt: skip
 
 
+def test_dummy_data_that_cannot_be_mapped(fixed: Path, report_of) -> None:
+    def dummy(ctx, seq_len, counts):
+        count = counts["image"]
+        return [*[3] * count, *[5] * seq_len], [noise_item(MediaInfo.image(*broken.ODD_SIZE))] * count
+
+    with broken.plugin(dummy=dummy, mapper=broken.all_but_odd) as name:
+        failure = only_failure(report_of(fixed, name), "dummy data")
+    assert failure == ("image input mapper", "image 555x444", "no exception", "ValueError: so odd")
+
+
 def test_dummy_data_that_ignores_the_number(fixed: Path, report_of) -> None:
     with broken.plugin(dummy=broken.one_picture) as name:
         hook, item, _, actual = only_failure(report_of(fixed, name), "dummy data")
@@ -222,6 +248,15 @@ def test_a_count_that_transformers_does_not_share(fixed: Path, report_of) -> Non
         report = report_of(fixed, name)
     failure = first_failure(report, "transformers' processor")
     assert failure == ("image layout", "image 97x1", "16 tokens, as LlavaProcessor counts", "17 tokens")
+
+
+def test_ids_that_transformers_does_not_share(fixed: Path, report_of) -> None:
+    """As many features, so that its count is ours."""
+    with broken.plugin(layout=broken.starts_with_a_token) as name:
+        hook, item, expected, actual = only_failure(report_of(fixed, name), "transformers' processor")
+    assert hook == "input processor"
+    assert item.endswith(", ids")
+    assert expected.replace(" 3*16 ", " 4 3*16 ") == actual
 
 
 def test_a_mapper_that_is_never_the_same(fixed: Path, report_of) -> None:
