@@ -71,14 +71,17 @@ def _families_of(module_name: str) -> dict[str, str | type[SupportsMultiModal]]:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # it is somebody's program: anything may come out
         raise RegistryError(f"cannot import the plugin {module_name!r}: {_reason(error)}") from error
-    classes = [
-        value
+    classes = {
+        value: None  # once, however many names it has
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, SupportsMultiModal) and value.__module__ == module.__name__
-    ]
+    }
     if not classes:
         raise RegistryError(f"the plugin {module_name!r} defines no class that implements SupportsMultiModal")
-    return {architecture: cls for cls in classes for architecture in cls.architecture_names()}
+    families: dict[str, str | type[SupportsMultiModal]] = {}
+    for cls in classes:
+        _add(families, dict.fromkeys(cls.architecture_names(), cls), f"{cls.__name__} of the plugin {module_name}")
+    return families
 
 
 def _resolve(family: str | type[SupportsMultiModal]) -> type[SupportsMultiModal]:
