@@ -69,16 +69,19 @@ def _add(
 def _families_of(module_name: str) -> dict[str, str | type[SupportsMultiModal]]:
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (Exception, SystemExit) as error:  # it is somebody's program: anything may come out
         raise RegistryError(f"cannot import the plugin {module_name!r}: {_reason(error)}") from error
-    classes = [
-        value
+    classes = {
+        value: None  # once, however many names it has
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, SupportsMultiModal) and value.__module__ == module.__name__
-    ]
+    }
     if not classes:
         raise RegistryError(f"the plugin {module_name!r} defines no class that implements SupportsMultiModal")
-    return {architecture: cls for cls in classes for architecture in cls.architecture_names()}
+    families: dict[str, str | type[SupportsMultiModal]] = {}
+    for cls in classes:
+        _add(families, dict.fromkeys(cls.architecture_names(), cls), f"{cls.__name__} of the plugin {module_name}")
+    return families
 
 
 def _resolve(family: str | type[SupportsMultiModal]) -> type[SupportsMultiModal]:
@@ -87,19 +90,19 @@ def _resolve(family: str | type[SupportsMultiModal]) -> type[SupportsMultiModal]
     module_name, _, class_name = family.partition(":")
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except (Exception, SystemExit) as error:
         raise RegistryError(f"cannot load the family {family!r}: {_reason(error)}") from error
     if not (isinstance(cls, type) and issubclass(cls, SupportsMultiModal)):
         raise RegistryError(f"{family!r} does not implement SupportsMultiModal")
     return cls
 
 
-def _reason(error: Exception) -> str:
-    """The error's own words; where torch is what is missing, what to do about it."""
+def _reason(error: BaseException) -> str:
+    """The error and its own words; where torch is what is missing, what to do about it."""
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "torch":
         return (
             "it needs torch, which is not installed here. A family in one file with its model works only where torch "
             "is; for a preprocess service without it use two files: registration in a module that imports no torch, "
             'the model in another, named by executor_model = "package.module:Class"'
         )
-    return str(error)
+    return str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"

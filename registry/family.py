@@ -11,6 +11,7 @@ from typing import Final, Literal
 import numpy as np
 
 from registry.context import InputContext
+from registry.contract import MAX_ITEM_TOKENS, check_dummy_data, check_layout, expect_type, is_count
 from registry.defaults.dummy_data import default_dummy_data
 from registry.defaults.input_mapper import default_input_mapper
 from registry.defaults.input_processor import splice_replacements
@@ -18,7 +19,7 @@ from registry.defaults.max_tokens import find_largest
 from registry.errors import CheckpointError, InvalidHookError, MissingHookError, UnknownModalityError
 from registry.hooks import Hooks, SupportsMultiModal, hooks_of
 from registry.inputs import DummyData, ProcessorInputs
-from registry.layout import WIRE_DTYPES, ItemLayout, Run, TensorSpec
+from registry.layout import ItemLayout, Run, TensorSpec
 from registry.media import MediaInfo, MediaItem, check_modality
 
 Measure = Literal["num_tokens", "length", "num_bytes"]
@@ -53,6 +54,11 @@ class ModelFamily:
     def has_layout(self, modality: str) -> bool:
         """Whether items of `modality` can be planned from headers."""
         return modality in self.hooks.layouts
+
+    @property
+    def has_all_layouts(self) -> bool:
+        """Whether the layouts name every tensor that items may have."""
+        return all(self.has_layout(modality) for modality in self.modalities)
 
     def check_modality(self, modality: str) -> None:
         """UnknownModalityError unless the family supports `modality`."""
@@ -104,7 +110,9 @@ class ModelFamily:
 
     def map_item(self, item: MediaItem) -> dict[str, np.ndarray]:
         """The item's tensors, contiguous, exactly as the layout says; constants are checked and dropped."""
-        arrays = dict(self._map(item))
+        where = f"{self.name}: the {item.modality} input mapper"
+        emitted: Mapping[str, np.ndarray] = expect_type(self.emit(item), Mapping, where)  # type: ignore[type-abstract]
+        arrays = dict(emitted)
         if not self.has_layout(item.modality):
             self._check_keywords(arrays, item.modality)
             return {name: np.asarray(array, order="C") for name, array in arrays.items()}
@@ -113,15 +121,18 @@ class ModelFamily:
         return {name: self._match_spec(arrays, name, layout, item.info) for name in layout.tensors}
 
     def max_tokens(self, modality: str) -> int:
-        """Upper bound of feature tokens per item; InvalidHookError if it is below 1."""
+        """Upper bound of feature tokens per item; InvalidHookError if it is no number of tokens."""
         self.check_modality(modality)
         hook = self.hooks.max_tokens.get(modality)
         if hook is None:
             number = self.layout(self.find_largest(modality, "num_tokens")).num_tokens
         else:
             number = hook(self.ctx) if callable(hook) else hook
-        if number < 1:
-            raise InvalidHookError(f"{self.name}: the maximum {modality} tokens is {number}; it must be at least 1")
+        if not is_count(number, 1) or number > MAX_ITEM_TOKENS:
+            raise InvalidHookError(
+                f"{self.name}: the maximum {modality} tokens is {number!r}; "
+                f"it must be an int from 1 to {MAX_ITEM_TOKENS}"
+            )
         return number
 
     def process(self, inputs: ProcessorInputs) -> ProcessorInputs:
@@ -130,14 +141,20 @@ class ModelFamily:
             self.check_modality(info.modality)
         if self.hooks.input_processor is None:
             return splice_replacements(self, inputs)
-        processed = self.hooks.input_processor(self.ctx, inputs)
+        result = self.hooks.input_processor(self.ctx, inputs)
+        processed = expect_type(result, ProcessorInputs, f"{self.name}: the input processor")
         self._check_ranges(processed, len(inputs.media))
         return processed
 
     def dummy_data(self, seq_len: int, mm_counts: Mapping[str, int]) -> tuple[ProcessorInputs, list[MediaItem]]:
         """The registered dummy data, expanded and checked: at least `seq_len` tokens and `mm_counts` items."""
         hook = self.hooks.dummy_data
-        data = DummyData(*hook(self.ctx, seq_len, mm_counts)) if hook else default_dummy_data(self, seq_len, mm_counts)
+        where = f"{self.name}: the dummy data"
+        data = (
+            check_dummy_data(hook(self.ctx, seq_len, mm_counts), where)
+            if hook
+            else default_dummy_data(self, seq_len, mm_counts)
+        )
         for modality, count in mm_counts.items():
             self._check_dummy_count(data, modality, count)
         inputs = self.process(ProcessorInputs(list(data.prompt_token_ids), [item.info for item in data.items]))
@@ -163,12 +180,13 @@ class ModelFamily:
         runs = [Run(token, len(list(same)), token == placeholder) for token, same in groupby(token_ids)]
         return ItemLayout(runs, tensors)
 
-    # --- checks -----------------------------------------------------------------------------------
-
-    def _map(self, item: MediaItem) -> Mapping[str, np.ndarray]:
+    def emit(self, item: MediaItem) -> Mapping[str, np.ndarray]:
+        """Whatever the item's mapper returns, unchecked."""
         if (hook := self.hooks.input_mappers.get(item.modality)) is not None:
             return hook(self.ctx, item)
         return default_input_mapper(self.ctx, item, self.hooks.input_mappers.get("image"))
+
+    # --- checks -----------------------------------------------------------------------------------
 
     @cached_property
     def _largest(self) -> dict[tuple[str, str], MediaInfo]:
@@ -209,15 +227,8 @@ class ModelFamily:
         hook = self.hooks.layouts.get(info.modality)
         if hook is None:
             raise MissingHookError(f"{self.name} has no layout for {info.modality}")
-        layout = hook(self.ctx, info)
-        if layout.length < 1:
-            raise InvalidHookError(f"{self.name}: the layout of {info} has an empty replacement")
+        layout = check_layout(hook(self.ctx, info), f"{self.name}: the layout of {info}", self.ctx.vocab_size)
         self._check_keywords((*layout.tensors, *layout.constants), info.modality)
-        for name, spec in layout.tensors.items():
-            if spec.dtype not in WIRE_DTYPES:
-                raise InvalidHookError(
-                    f"{self.name}: {name} has dtype {spec.dtype!r}; the wire knows {', '.join(WIRE_DTYPES)}"
-                )
         return layout
 
     def _check_keywords(self, names: Iterable[str], modality: str) -> None:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import cycle
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from PIL import Image
@@ -33,6 +33,9 @@ FIXED_FRAMES: Final = (1, 2, 3, 4, 8, 16, 31)
 FIXED_SAMPLES: Final = (1, 2, 399, 400, 1000, 1600, 15_999, 16_000, 40_000, 160_000, 480_000, 480_001, 1_000_000)
 FIXED_SECONDS: Final = (0.3, 1.7)
 PROBE_TEXTS: Final = ("Diptych: what is in the picture?", " déjà vu, 図 1 — 42 %\n", "USER: a b  c ASSISTANT:")
+
+CALLERS_SETTINGS: Final = ("padding", "truncation", "version")
+"""What a serialized tokenizer holds beside its rules."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,18 @@ def _digest(value: object) -> bytes:
 
 def _tokenizer_part(family: ModelFamily) -> bytes:
     tokenizer = family.ctx.tokenizer
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
     encoded = [tokenizer.encode(text) for text in PROBE_TEXTS]
     placeholders = sorted(family.modality_of_placeholder.items())
-    return _digest([vocabulary, encoded, placeholders])
+    return _digest([_rules(tokenizer), encoded, placeholders])
+
+
+def _rules(tokenizer: Any) -> dict[str, Any]:
+    """All that tells texts and ids apart: vocabulary, merges, normalizer, added tokens and their flags.
+
+    No text is needed to show a difference in them. Padding and truncation are what a caller last asked for.
+    """
+    parts: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: part for name, part in parts.items() if name not in CALLERS_SETTINGS}
 
 
 def _layout_part(family: ModelFamily, modality: str) -> bytes:

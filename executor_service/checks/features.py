@@ -7,6 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from executor_service.checks.prompts import unlike_items
 from executor_service.checks.trial import CPU, Trial, Trials, suitable_threads
 from executor_service.engine.model_runner import ModelRunner
 from executor_service.engine.request import EngineItem
@@ -33,6 +34,8 @@ def check_features(trials: Trials, findings: Findings) -> str:
             with suitable_threads(trials.trial.model):
                 _check_item(trials.trial, noise_item(info), findings)
             count += 1
+        if not findings.failures:
+            _check_order(trials, modality, findings)
         details.append(f"{modality}: {count} items encoded")
     return f"{'; '.join(details)}, {trials.trial.weights}"
 
@@ -55,6 +58,32 @@ def _check_item(trial: Trial, media: MediaItem, findings: Findings) -> None:
             if encoder.shapes in ([], wanted):
                 raise
             findings.fail(hook, describe(media.info), f"features of shapes {wanted}", f"features of {encoder.shapes}")
+
+
+def _check_order(trials: Trials, modality: str, findings: Findings) -> None:
+    """Two items that only their content tells apart have the same features together as alone."""
+    info = representatives(trials.probes(modality))[:2][-1]
+    hook, item = f"{trials.trial.model_name}.embed_multimodal", f"two of {describe(info)}"
+    with findings.calling(hook, item), suitable_threads(trials.trial.model):
+        first, second = unlike_items([info, info])
+        alone = [*_encode(trials.trial, [first]), *_encode(trials.trial, [second])]
+        together = _encode(trials.trial, [first, second])
+        if not _agree(trials.trial, alone, together):
+            actual = "each other's" if _agree(trials.trial, alone[::-1], together) else "others"
+            findings.fail(hook, item, "the features that each has alone", actual)
+
+
+def _encode(trial: Trial, media: list[MediaItem]) -> list[Tensor]:
+    """Features of items that go through the encoder together."""
+    place = PlaceholderRange(0, trial.family.layout(media[0].info).length)
+    items = [make_item(trial, one, place) for one in media]
+    ModelRunner(trial.model, CPU, trial.dtype, BLOCK_SIZE).encode(items)
+    return [item.features for item in items if item.features is not None]
+
+
+def _agree(trial: Trial, expected: list[Tensor], actual: list[Tensor]) -> bool:
+    differences = (float((one - other).abs().max()) for one, other in zip(expected, actual, strict=True))
+    return max(differences) <= trial.tolerance(torch.cat(expected))
 
 
 class _Encoder:

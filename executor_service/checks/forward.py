@@ -9,16 +9,13 @@ import torch
 from torch import Tensor
 
 from executor_service.checks.features import BLOCK_SIZE, make_item
-from executor_service.checks.prompts import Prompt, make_prompt, make_prompts
+from executor_service.checks.prompts import Prompt, make_prompt, make_prompts, unlike_items
 from executor_service.checks.recorder import Answer, Run
 from executor_service.checks.reference import decoder_logits, reference_logits
 from executor_service.checks.trial import CPU, Trial, Trials, suitable_threads
 from executor_service.engine.model_runner import ModelRunner
 from registry.checks import Findings
-from registry.checks.probes import noise_item
 
-TOLERANCES: Final = {torch.float64: 1e-6, torch.float32: 2e-3}
-"""Largest difference of two logits, in parts of the largest logit."""
 CHUNKS: Final = 3
 """Steps that the longest prompt takes when it is chunked."""
 
@@ -37,6 +34,7 @@ def _compare(trial: Trial, prompts: list[Prompt], findings: Findings) -> str:
     for prompt in findings.each(prompts):
         with findings.calling(f"{trial.model_name}.forward", prompt.name):
             alone += Run(trial).answer([prompt])
+            _check_width(trial, prompt, alone[-1], findings)
     if not findings.failures:
         _check_chunks(trial, prompts, alone, findings)
     if findings.failures:
@@ -49,6 +47,14 @@ def _compare(trial: Trial, prompts: list[Prompt], findings: Findings) -> str:
     dtype = str(trial.dtype).removeprefix("torch.")
     others = sorted({item.modality for prompt in prompts for item in prompt.items} - {"image"})
     return f"against transformers in {dtype}" + (f" ({' and '.join(others)} with our features)" if others else "")
+
+
+def _check_width(trial: Trial, prompt: Prompt, answer: Answer, findings: Findings) -> None:
+    """The sampler, its masks and its counts are as wide as the vocabulary."""
+    wanted, found = trial.family.ctx.vocab_size, answer.logits.shape[-1]
+    if found != wanted:
+        hook = f"{trial.model_name}.compute_logits"
+        findings.fail(hook, prompt.name, f"{wanted} logits, as many as ids", f"{found} logits")
 
 
 def _check_chunks(trial: Trial, prompts: list[Prompt], alone: list[Answer], findings: Findings) -> None:
@@ -91,7 +97,7 @@ def _check_greedy(
     """Each token is transformers' choice after the ones before it; equals may be chosen either way."""
     rows = expected[len(prompt.token_ids) - 1 :]
     chosen = rows.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
-    if (rows.max(dim=1).values - chosen > _tolerance(trial, expected)).any():
+    if (rows.max(dim=1).values - chosen > trial.tolerance(expected)).any():
         findings.fail(hook, f"{prompt.name}, greedy tokens", rows.argmax(dim=1).tolist(), answer.token_ids)
 
 
@@ -103,7 +109,7 @@ def _agree(
         findings.fail(hook, prompt.name, f"{whose} logits {list(expected.shape)}", f"logits {list(actual.shape)}")
         return False
     difference = (actual - expected).abs().nan_to_num(nan=float("inf"))
-    if difference.max() <= _tolerance(trial, expected):
+    if difference.max() <= trial.tolerance(expected):
         return True
     row, column = divmod(int(difference.argmax()), difference.shape[1])
     where = f"{prompt.name}, logit {column} of token {row} of {len(prompt.token_ids)}"
@@ -111,15 +117,11 @@ def _agree(
     return False
 
 
-def _tolerance(trial: Trial, logits: Tensor) -> float:
-    return TOLERANCES[trial.dtype] * max(1.0, float(logits.abs().max()))
-
-
 def _check_controls(trial: Trial, prompts: list[Prompt], alone: list[Answer], findings: Findings) -> None:
     """Without a reference: other features and other positions must change something."""
     for prompt, answer in zip(prompts, alone, strict=True):
         if prompt.items:
-            others = [noise_item(item.info, seed=1) for item in prompt.items]
+            others = unlike_items([item.info for item in prompt.items], first_seed=1)
             changed = Run(trial).answer([make_prompt(trial, others)])[0]
             _expect_change(trial, "other features", prompt, answer, changed, findings)
             _check_positions(trial, prompt, answer, findings)
@@ -139,6 +141,6 @@ def _expect_change(
 ) -> None:
     row = len(prompt.token_ids) - 1
     before, after = answer.logits[row], changed.logits[row]
-    if (before - after).abs().max() <= _tolerance(trial, before) * 1e-3:
+    if (before - after).abs().max() <= trial.tolerance(before) * 1e-3:
         expected, actual = f"other logits with {what} than {before.max():.6g}", f"{after.max():.6g} again"
         findings.fail(f"{trial.model_name}.forward", f"{prompt.name}, {what}", expected, actual)

@@ -6,7 +6,7 @@ import inspect
 from typing import Any, Final
 
 from executor_service.checks.trial import Trial, Trials
-from executor_service.models.protocol import check_model_class, load_model_class
+from executor_service.models.protocol import check_model_class, check_required_keywords, load_model_class
 from registry.checks import Findings
 
 CALLS: Final = {
@@ -24,6 +24,8 @@ def check_model(trials: Trials, findings: Findings) -> str:
         cls: Any = load_model_class(trials.subject.family)
         with findings.calling(cls.__name__):
             check_model_class(cls, trials.tensor_names)
+            if trials.subject.family.has_all_layouts:
+                check_required_keywords(cls, trials.tensor_names)
             _check_calls(cls, findings)
         if not findings.failures:
             with findings.calling(f"{cls.__name__}.__init__"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,6 +13,8 @@ from registry.checks.probes import describe, noise_item
 NEW_TOKENS: Final = 6
 SIDES: Final = (20, 1000)
 """Shortest and longest side of the pictures: large enough to have content, small enough to be quick."""
+SEEDS_PER_ITEM: Final = 1000
+"""Frames of a video have seeds of their own."""
 TEXTS: Final = ("What is this? ", " and then ", " Answer in one word:")
 
 
@@ -33,8 +36,13 @@ def make_prompts(trials: Trials) -> list[Prompt]:
     for modality in trials.subject.layouts:
         infos = _pick(trials, modality)
         combined = [infos[:1], infos[::-1]] if len(infos) > 1 else [infos]
-        prompts += [make_prompt(trial, [noise_item(info) for info in chosen]) for chosen in combined]
+        prompts += [make_prompt(trial, unlike_items(chosen)) for chosen in combined]
     return [prompt for prompt in prompts if len(prompt.token_ids) <= longest]
+
+
+def unlike_items(infos: Sequence[MediaInfo], first_seed: int = 0) -> list[MediaItem]:
+    """Items none of which has another's content: one that takes another's place shows."""
+    return [noise_item(info, first_seed + SEEDS_PER_ITEM * index) for index, info in enumerate(infos)]
 
 
 def make_prompt(trial: Trial, items: list[MediaItem]) -> Prompt:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from executor_service.checks.random_weights import initialize
@@ -34,6 +34,9 @@ SMALL: Final = 1 << 26
 TINY: Final = 1 << 22
 """Parameters up to which a model is quicker on one thread: on more, the threads wait for each other."""
 
+TOLERANCES: Final = {torch.float64: 1e-6, torch.float32: 2e-3}
+"""Largest difference of two logits or features, in parts of the largest one."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -49,6 +52,10 @@ class Trial:
     def model_name(self) -> str:
         """The model's class."""
         return type(self.model).__name__
+
+    def tolerance(self, values: Tensor) -> float:
+        """Largest difference from these values that rounding explains."""
+        return TOLERANCES[self.dtype] * max(1.0, float(values.abs().max()))
 
 
 @contextlib.contextmanager

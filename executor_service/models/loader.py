@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from executor_service.models.protocol import check_model_class, load_model_class
+from executor_service.models.protocol import check_model_class, check_required_keywords, load_model_class
 from registry.errors import CheckpointError
 from registry.family import ModelFamily
 
@@ -39,6 +39,8 @@ def build_model(
     """The family's model with its parameters still on the meta device, and its buffers on `device`."""
     cls = load_model_class(family)
     check_model_class(cls, tensor_names)
+    if family.has_all_layouts:
+        check_required_keywords(cls, tensor_names)
     model = _build_on_meta(cls, family, dtype)
     _materialize_buffers(model, device)
     return model

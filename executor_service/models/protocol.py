@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
+from inspect import Parameter
 from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
@@ -56,13 +57,14 @@ def load_model_class(family: ModelFamily) -> type[nn.Module]:
     if isinstance(family.cls, type) and issubclass(family.cls, nn.Module):
         return cast(type[nn.Module], family.cls)
     name = family.cls.executor_model
-    if not name or ":" not in name:
+    if not isinstance(name, str) or ":" not in name:
         raise TypeError(f'{family.name}: executor_model must name a class as "package.module:Class", it is {name!r}')
     module_name, _, class_name = name.partition(":")
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise TypeError(f"{family.name}: cannot load the executor model {name!r}: {error}") from error
+    except Exception as error:  # it is somebody's program: anything may come out
+        cause = f"{type(error).__name__}: {error}"
+        raise TypeError(f"{family.name}: cannot load the executor model {name!r}: {cause}") from error
     return cast(type[nn.Module], cls)
 
 
@@ -73,16 +75,31 @@ def check_model_class(cls: type, tensor_names: Iterable[str]) -> None:
             raise TypeError(f"{cls.__name__} lacks the method {method} of the executor model protocol")
     if hasattr(cls, "bidirectional_spans"):
         raise TypeError(f"{cls.__name__}.bidirectional_spans: bidirectional spans are not served yet")
-    embed: Any = cls.embed_multimodal  # type: ignore[attr-defined]
-    parameters = inspect.signature(embed).parameters.values()
+    parameters = _embed_parameters(cls)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
-    accepted = {parameter.name for parameter in parameters} - {"self"}
+    accepted = {parameter.name for parameter in parameters}
     if missing := set(tensor_names) - accepted:
         raise TypeError(
             f"{cls.__name__}.embed_multimodal does not take {', '.join(sorted(missing))}, which the layout emits; "
             f"it takes {', '.join(sorted(accepted))}"
         )
+
+
+def check_required_keywords(cls: type, tensor_names: Iterable[str]) -> None:
+    """TypeError naming the keywords without which `embed_multimodal` cannot be called and that no layout emits."""
+    named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_ONLY)
+    required = {p.name for p in _embed_parameters(cls) if p.default is Parameter.empty and p.kind in named}
+    if missing := required - set(tensor_names):
+        raise TypeError(
+            f"{cls.__name__}.embed_multimodal requires {', '.join(sorted(missing))}, which no layout emits; "
+            f"the layouts emit {', '.join(sorted(tensor_names))}"
+        )
+
+
+def _embed_parameters(cls: Any) -> list[Parameter]:
+    """Those of `embed_multimodal`, without `self`."""
+    return [p for p in inspect.signature(cls.embed_multimodal).parameters.values() if p.name != "self"]
 
 
 def kv_geometry(model: nn.Module, text_config: Any) -> KVGeometry:

@@ -34,7 +34,7 @@ def registry_stages(subject: Subject) -> list[Stage]:
         Stage("input processor", partial(check_input_processor, subject), ("hooks",)),
         Stage("transformers' processor", partial(check_transformers_processor, subject), ("hooks",)),
         Stage("maximum tokens", partial(check_maximum, subject), ("hooks",)),
-        Stage("dummy data", partial(check_dummy_data, subject), ("hooks",)),
+        Stage("dummy data", partial(check_dummy_data, subject), ("hooks",), unless_failed=("maximum tokens",)),
     ]
 
 

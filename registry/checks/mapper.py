@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
 
-from registry.checks.probes import describe, noise_item, representatives
+from registry.checks.probes import describe, large_pictures, noise_item, representatives
 from registry.checks.report import Findings
 from registry.checks.subject import Subject
-from registry.defaults.input_mapper import default_input_mapper
 from registry.errors import InvalidHookError, MediaError
 from registry.family import ModelFamily
 from registry.layout import ItemLayout, TensorSpec
-from registry.media import MediaInfo, MediaItem
+from registry.media import MediaInfo
 
 MAX_ITEMS: Final = 96
 AT_LEAST: Final = 24
@@ -28,13 +27,20 @@ def check_mapper(subject: Subject, findings: Findings) -> str:
     for modality in subject.layouts:
         probes = lay_out(subject, modality, findings)
         num_mapped = 0
-        for info in findings.each(representatives(probes)[:MAX_ITEMS], AT_LEAST, SECONDS):
+        for info in findings.each(_mapped(probes), AT_LEAST, SECONDS):
             check_item(subject.family, info, findings)
             num_mapped += 1
         details.append(f"{modality}: {len(probes)} layouts, {num_mapped} items mapped")
     for modality in set(subject.family.modalities) - set(subject.layouts):
         details.append(f"{modality}: no layout to compare with")
     return "; ".join(details)
+
+
+def _mapped(probes: Sequence[tuple[MediaInfo, ItemLayout]]) -> list[MediaInfo]:
+    """The telling ones, the large ones among those that there is always time for."""
+    telling, large = representatives(probes), large_pictures(probes)
+    first = AT_LEAST - len(large)
+    return list(dict.fromkeys([*telling[:first], *large, *telling[first:]]))[:MAX_ITEMS]
 
 
 def lay_out(subject: Subject, modality: str, findings: Findings) -> list[tuple[MediaInfo, ItemLayout]]:
@@ -54,18 +60,22 @@ def check_item(family: ModelFamily, info: MediaInfo, findings: Findings) -> None
     hook, item = f"{info.modality} input mapper", noise_item(info)
     with findings.calling(hook, describe(info)):
         try:
-            family.map_item(item)
+            mapped = family.map_item(item)
         except InvalidHookError as error:
-            differences = list(_differences(family.layout(info), _emitted(family, item)))
+            emitted = family.emit(item)
+            differences = list(_differences(family.layout(info), emitted)) if isinstance(emitted, Mapping) else []
             for expected, actual in differences or [("the layout's tensors", str(error))]:
                 findings.fail(hook, describe(info), expected, actual)
+        else:
+            _check_finite(hook, info, mapped, findings)
 
 
-def _emitted(family: ModelFamily, item: MediaItem) -> Mapping[str, np.ndarray]:
-    hook = family.hooks.input_mappers.get(item.modality)
-    if hook is not None:
-        return hook(family.ctx, item)
-    return default_input_mapper(family.ctx, item, family.hooks.input_mappers.get("image"))
+def _check_finite(hook: str, info: MediaInfo, mapped: Mapping[str, np.ndarray], findings: Findings) -> None:
+    """A NaN would spread to every logit, where nothing tells who made it."""
+    for name, array in mapped.items():
+        if array.dtype.kind == "f" and not (finite := np.isfinite(array)).all():
+            actual = f"{array.size - int(finite.sum())} of {array.size} values are NaN or infinite"
+            findings.fail(hook, describe(info), f"finite {name}", actual)
 
 
 def _differences(layout: ItemLayout, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:

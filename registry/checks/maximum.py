@@ -40,9 +40,19 @@ def find_most(subject: Subject, modality: str, findings: Findings) -> tuple[int,
 
 
 def check_dummy_data(subject: Subject, findings: Findings) -> str:
-    """As many items as a prompt may have, one of them the largest there is, all mapped as their layouts say."""
+    """As many items as a prompt may have, then twice as many: the limits are each executor's to set."""
+    limits = subject.family.ctx.limits
+    counts = {modality: limits.max_items(modality) for modality in subject.family.modalities}
+    details = [_check_dummy_data(subject, counts, findings)]
+    if not findings.failures:
+        twice = {modality: 2 * count for modality, count in counts.items()}
+        details.append(_check_dummy_data(subject, twice, findings))
+    return "; ".join(details)
+
+
+def _check_dummy_data(subject: Subject, counts: dict[str, int], findings: Findings) -> str:
+    """As many items as were asked for, one of them the largest there is, all mapped as their layouts say."""
     family = subject.family
-    counts = {modality: family.ctx.limits.max_items(modality) for modality in family.modalities}
     seq_len = TEXT_TOKENS + sum(count * family.max_tokens(modality) for modality, count in counts.items())
     items: list[MediaItem] = []
     with findings.calling("dummy data", f"asked for {seq_len} tokens and {_counted(counts)}"):

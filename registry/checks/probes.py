@@ -22,7 +22,9 @@ NUM_RANDOM_LENGTHS: Final = 200
 NUM_FRAMES: Final = (1, 2, 3, 4, 7, 8, 16, 31, 32)
 NUM_NOISE: Final = 65521
 MAX_MAPPED_PIXELS: Final = 1 << 20
-"""Pictures above this are laid out and not mapped: a check is to take seconds."""
+"""Pictures above this are laid out and, but for a few, not mapped: a check is to take seconds."""
+LARGE_PICTURES: Final = ((8192, 1), (1, 8192), (1080, 1920), (3000, 4000))
+"""(height, width) of pictures that are always mapped: the longest, a screen's and a camera's."""
 
 
 def probe_infos(ctx: InputContext, modality: str) -> list[MediaInfo]:
@@ -79,6 +81,11 @@ def representatives(probes: Sequence[tuple[MediaInfo, ItemLayout]]) -> list[Medi
     return list(dict.fromkeys([*corners, *rare[:32], *_every_side_once(infos), *rare[32:]]))
 
 
+def large_pictures(probes: Sequence[tuple[MediaInfo, ItemLayout]]) -> list[MediaInfo]:
+    """Those of the large pictures that the limits and the family allow."""
+    return [info for info, _ in probes if info.modality == "image" and info.size in LARGE_PICTURES]
+
+
 def _kind(layout: ItemLayout) -> object:
     shapes = tuple((name, spec.dtype, spec.shape) for name, spec in layout.tensors.items())
     return layout.num_tokens, layout.length, shapes
@@ -105,6 +112,7 @@ def _is_allowed(ctx: InputContext, info: MediaInfo) -> bool:
 def _images(ctx: InputContext) -> Iterator[MediaInfo]:
     sides = sorted({*candidate_sides(ctx), *PRIMES})
     yield from (MediaInfo.image(height, width) for height, width in product(sides, sides))
+    yield from (MediaInfo.image(*size) for size in LARGE_PICTURES)
     yield from (MediaInfo.image(*size) for size in _random_sizes(ctx.limits.max_image_side))
 
 

@@ -13,12 +13,15 @@ from registry.checks.mapper import lay_out
 from registry.checks.probes import describe, noise_item, representatives
 from registry.checks.report import Findings, SkippedStageError
 from registry.checks.subject import Subject
+from registry.contract import expect_type
 from registry.defaults.input_processor import splice_replacements
 from registry.inputs import ProcessorInputs
 from registry.media import MediaInfo
 
 NUM_PROMPTS: Final = 3
 """Pictures that go through transformers' processor whole."""
+SEVERAL: Final = (2, 3)
+"""Items of the prompts with more than one, each of another size."""
 MODALITY_PARTS: Final = ("image_processor", "tokenizer", "feature_extractor", "video_processor", "chat_template")
 
 
@@ -30,28 +33,26 @@ def check_input_processor(subject: Subject, findings: Findings) -> str:
         return "default: splices the layout's replacement"
     count = 0
     for modality in subject.layouts:
-        for info in findings.each(representatives(lay_out(subject, modality, Findings()))):
-            _check_expansion(subject, info, findings)
-            count += 1
+        infos = representatives(lay_out(subject, modality, Findings()))
+        prompts = [[info] for info in infos] + [infos[:number] for number in SEVERAL if number <= len(infos)]
+        for media in findings.each(prompts):
+            _check_expansion(subject, media, findings)
+        count += len(prompts)
     return f"{count} prompts"
 
 
-def _check_expansion(subject: Subject, info: MediaInfo, findings: Findings) -> None:
-    family = subject.family
-    text = family.text_token_id
-    inputs = ProcessorInputs([text, family.placeholder_token_id(info.modality), text], [info])
-    with findings.calling("input processor", describe(info)):
+def _check_expansion(subject: Subject, media: list[MediaInfo], findings: Findings) -> None:
+    family, item = subject.family, " and ".join(map(describe, media))
+    text, placeholder = family.text_token_id, family.placeholder_token_id(media[0].modality)
+    inputs = ProcessorInputs([text, *[placeholder, text] * len(media)], media)
+    with findings.calling("input processor", item):
         assert family.hooks.input_processor is not None
-        expected, actual = splice_replacements(family, inputs), family.hooks.input_processor(family.ctx, inputs)
-        findings.expect(
-            "input processor",
-            f"{describe(info)}, ids",
-            _runs(expected.prompt_token_ids),
-            _runs(actual.prompt_token_ids),
-        )
-        findings.expect(
-            "input processor", f"{describe(info)}, ranges", list(expected.placeholders), list(actual.placeholders)
-        )
+        expected = splice_replacements(family, inputs)
+        actual = expect_type(family.hooks.input_processor(family.ctx, inputs), ProcessorInputs, "the input processor")
+        ids = _runs(expected.prompt_token_ids), _runs(actual.prompt_token_ids)
+        findings.expect("input processor", f"{item}, ids", *ids)
+        ranges = list(expected.placeholders), list(actual.placeholders)
+        findings.expect("input processor", f"{item}, ranges", *ranges)
 
 
 def check_transformers_processor(subject: Subject, findings: Findings) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
 
@@ -84,11 +84,15 @@ class Findings:
 
 @dataclass(frozen=True)
 class Stage:
-    """One check. `run` notes failures and returns what it looked at; `needs` names stages it builds on."""
+    """One check. `run` notes failures and returns what it looked at.
+
+    `needs` names stages it builds on; those in `unless_failed` need not have had anything to say.
+    """
 
     name: str
     run: Callable[[Findings], str]
     needs: tuple[str, ...] = ()
+    unless_failed: tuple[str, ...] = ()
 
 
 def run_stages(stages: Sequence[Stage], progress: Progress = lambda name, fraction: None) -> list[StageResult]:
@@ -96,7 +100,7 @@ def run_stages(stages: Sequence[Stage], progress: Progress = lambda name, fracti
     results: dict[str, StageResult] = {}
     for stage in stages:
         progress(stage.name, 0.0)
-        blockers = [results[name] for name in stage.needs if results[name].status != "ok"]
+        blockers = _blockers(stage, results)
         if blockers:
             reason = f"because {blockers[0].name} {'failed' if blockers[0].status == 'failed' else 'was skipped'}"
             results[stage.name] = StageResult(stage.name, "skipped", reason)
@@ -104,6 +108,12 @@ def run_stages(stages: Sequence[Stage], progress: Progress = lambda name, fracti
             results[stage.name] = _run(stage, lambda fraction, name=stage.name: progress(name, fraction))  # type: ignore[misc]
         progress(stage.name, 1.0)
     return list(results.values())
+
+
+def _blockers(stage: Stage, results: Mapping[str, StageResult]) -> list[StageResult]:
+    """What keeps the stage from running."""
+    not_ok = [results[name] for name in stage.needs if results[name].status != "ok"]
+    return not_ok + [results[name] for name in stage.unless_failed if results[name].status == "failed"]
 
 
 def _run(stage: Stage, progress: Callable[[float], None]) -> StageResult:

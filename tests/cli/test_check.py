@@ -1,89 +1,23 @@
-"""`diptych check`: whole families pass; each broken one fails in its stage, with the hook, the size and both values."""
+"""`diptych check`: whole families pass; a broken model fails in its stage: the method, the size and both values."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import sys
+from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from diptych.cli import check
 from diptych.cli.main import main
 from executor_service.checks import trial
-from registry import DummyData, MediaInfo
-from registry.checks.probes import noise_item
-from registry.models import llava_next
-from tests.checkpoints import make_llava_checkpoint, write_json
+from executor_service.checks.prompts import Prompt
+from executor_service.checks.recorder import Answer, Run
 from tests.cli import broken
+from tests.cli.checking import STAGES, failed, first_failure, only_failure, renamed, stage
 from tests.cli.command import diptych
 from tests.plugins import checkpoints as plugin_checkpoints
-
-PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
-STAGES = [
-    "checkpoint", "hooks", "layout and mapper", "input processor", "transformers' processor", "maximum tokens",
-    "dummy data", "executor model", "features", "forward", "fingerprint",
-]  # fmt: skip
-Report = dict[str, Any]
-
-
-def make_checkpoint(path: Path, processor: str, **parameters: Any) -> Path:
-    """A tiny checkpoint whose processor is told what those of real ones are told."""
-    make_llava_checkpoint(path, **parameters)
-    said = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    write_json(path / "processor_config.json", {"processor_class": processor, **said})
-    return path
-
-
-@pytest.fixture(scope="module")
-def fixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("check") / "llava", "LlavaProcessor")
-
-
-@pytest.fixture(scope="module")
-def anyres(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("check") / "llava-next"
-    return make_checkpoint(path, "LlavaNextProcessor", pinpoints=PINPOINTS)
-
-
-@pytest.fixture
-def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The registry's stages alone, as where torch is not installed."""
-    monkeypatch.setattr(check, "has_torch", lambda: False)
-
-
-@pytest.fixture
-def report_of(capsys: pytest.CaptureFixture[str]) -> Callable[..., Report]:
-    def run(model: Path, plugin: str = "") -> Report:
-        code = main(["check", "--model", str(model), "--plugin", plugin, "--json"])
-        report: Report = json.loads(capsys.readouterr().out)
-        assert code == (0 if report["ok"] else 1)
-        assert [stage["name"] for stage in report["stages"]] == STAGES
-        assert all(("ok" in stage) != ("skipped" in stage) for stage in report["stages"])
-        return report
-
-    return run
-
-
-def stage(report: Report, name: str) -> Report:
-    return next(stage for stage in report["stages"] if stage["name"] == name)
-
-
-def failed(report: Report) -> list[str]:
-    return [stage["name"] for stage in report["stages"] if stage.get("ok") is False]
-
-
-def only_failure(report: Report, name: str) -> tuple[str, str, str, str]:
-    """(hook, item, expected, actual) of the first failure of the one stage that failed."""
-    assert failed(report) == [name], report
-    return first_failure(report, name)
-
-
-def first_failure(report: Report, name: str) -> tuple[str, str, str, str]:
-    failure = stage(report, name)["failures"][0]
-    return failure["hook"], failure["item"], failure["expected"], failure["actual"]
 
 
 class TestWholeFamilies:
@@ -128,6 +62,17 @@ class TestWholeFamilies:
         assert "maximum image tokens, image 1x1: expected at least 16, got 3" in " ".join(output.out.split())
         assert output.out.endswith("FAILED: maximum tokens\n")
 
+    def test_progress_on_a_terminal(self, fixed: Path, without_torch, monkeypatch) -> None:
+        terminal = StringIO()
+        monkeypatch.setattr(terminal, "isatty", lambda: True)
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert main(["check", "--model", str(fixed)]) == 0
+        shown = terminal.getvalue().split("\r")
+        for name in STAGES:
+            assert any(line.startswith(f"{name} ") and line.rstrip().endswith("%") for line in shown), name
+        assert any("100 %" in line for line in shown)
+        assert not shown[-1].strip(), "the bar goes when all is done"
+
     def test_a_family_that_transformers_does_not_know(self, fixed: Path, tmp_path: Path, report_of) -> None:
         own = renamed(fixed, tmp_path / "own")
         with broken.plugin(architecture="OwnForImage2Seq") as name:
@@ -151,133 +96,18 @@ class TestWholeFamilies:
 
     def test_a_family_without_a_layout(self, fixed: Path, report_of) -> None:
         """There is nothing to hold its hooks against; what can be called is called."""
-        with broken.plugin(max_tokens=16, dummy=broken.one_picture, processor=broken.sixteen_each) as name:
+        with broken.plugin(max_tokens=16, dummy=broken.several_pictures, processor=broken.sixteen_each) as name:
             broken.hooks_of_plugin().layouts.clear()
             report = report_of(fixed, name)
         assert failed(report) == []
         skipped = [stage["name"] for stage in report["stages"] if stage.get("skipped")]
         assert skipped == ["input processor", "transformers' processor", "maximum tokens", "features", "forward"]
-        assert stage(report, "dummy data")["detail"] == "80 tokens, image 1x1"
+        assert stage(report, "dummy data")["detail"] == "80 tokens, image 1x1; 96 tokens, image 1x1, image 1x1"
 
     def test_as_a_command(self, fixed: Path) -> None:
         done = diptych("check", "--model", fixed, "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["ok"] is True
-
-
-def renamed(checkpoint: Path, path: Path) -> Path:
-    """The checkpoint under an architecture that is nobody's, without weights."""
-    shutil.copytree(checkpoint, path)
-    (path / "model.safetensors").unlink()
-    config = json.loads((path / "config.json").read_text())
-    write_json(path / "config.json", {**config, "architectures": ["OwnForImage2Seq"]})
-    return path
-
-
-@pytest.mark.usefixtures("without_torch")
-class TestRegistration:
-    def test_no_checkpoint(self, tmp_path: Path, report_of) -> None:
-        report = report_of(tmp_path)
-        hook, _, _, actual = only_failure(report, "checkpoint")
-        assert (hook, actual) == (
-            "checkpoint", f"CheckpointError: {tmp_path} is not a checkpoint directory: it has no config.json"
-        )  # fmt: skip
-        assert stage(report, "hooks")["detail"] == "because checkpoint failed"
-        assert report["fingerprint"] is report["family"] is None
-
-    def test_unknown_architecture(self, fixed: Path, tmp_path: Path, report_of) -> None:
-        report = report_of(renamed(fixed, tmp_path / "own"))
-        hook, _, _, actual = only_failure(report, "hooks")
-        assert hook == "hooks"
-        assert "no family is registered for architecture 'OwnForImage2Seq'" in actual
-        assert report["architecture"] == "OwnForImage2Seq"
-        assert all(stage.get("skipped") for stage in report["stages"][2:])
-
-    def test_a_missing_hook(self, fixed: Path, report_of) -> None:
-        with broken.plugin() as name:
-            broken.hooks_of_plugin().layouts.clear()
-            report = report_of(fixed, name)
-        assert "must register the maximum tokens by hand" in only_failure(report, "hooks")[3]
-
-    def test_own_and_default_hooks_and_what_overrides_what(self, fixed: Path, report_of) -> None:
-        with broken.plugin(max_tokens=16) as name:
-            detail = stage(report_of(fixed, name), "hooks")["detail"]
-        assert detail.startswith("image: own layout, own mapper, own maximum; default dummy data; default input")
-        assert "LlavaForConditionalGeneration is registered more than once; the plugin a_broken_plugin counts" in detail
-
-    def test_a_hook_that_raises(self, fixed: Path, report_of) -> None:
-        with broken.plugin(layout=broken.wide_ones_fail) as name:
-            report = report_of(fixed, name)
-        expected = ("image layout", "image 1x13", "no exception", "ZeroDivisionError: so wide")
-        assert first_failure(report, "layout and mapper") == expected
-        assert "failures, the first 5 of them here" in stage(report, "layout and mapper")["detail"]
-
-    @pytest.mark.parametrize(
-        ("mapper", "actual"),
-        [
-            (broken.without_rows, "pixel_values uint8 [3, 55, 56]"),
-            (broken.as_floats, "pixel_values float32 [3, 56, 56]"),
-            (lambda ctx, item: {}, "no pixel_values"),
-        ],
-        ids=["shape", "dtype", "missing"],
-    )
-    def test_a_mapper_of_other_tensors(self, fixed: Path, report_of, mapper, actual: str) -> None:
-        with broken.plugin(mapper=mapper) as name:
-            report = report_of(fixed, name)
-        expected = ("image input mapper", "image 1x1", "pixel_values uint8 [3, 56, 56]", actual)
-        assert first_failure(report, "layout and mapper") == expected
-        assert stage(report, "fingerprint")["detail"] == "because layout and mapper failed"
-
-    def test_constants_that_differ(self, anyres: Path, report_of) -> None:
-        with broken.plugin(llava_next, mapper=broken.sizes_swapped) as name:
-            failures = stage(report_of(anyres, name), "layout and mapper")["failures"]
-        for failure in failures:
-            height, width = map(int, failure["item"].removeprefix("image ").split("x"))
-            assert failure["hook"] == "image input mapper"
-            assert failure["expected"] == f"image_sizes [{height}, {width}]"
-            assert failure["actual"] == f"image_sizes [{width}, {height}]"
-
-    @pytest.mark.parametrize(
-        ("maximum", "expected"), [(15, "at least 16"), (17, "16, which no item exceeds")], ids=["low", "high"]
-    )
-    def test_a_maximum_that_is_not_the_maximum(self, fixed: Path, report_of, maximum: int, expected: str) -> None:
-        with broken.plugin(max_tokens=maximum) as name:
-            report = report_of(fixed, name)
-        failure = only_failure(report, "maximum tokens")
-        assert failure == ("maximum image tokens", "image 1x1", expected, str(maximum))
-
-    def test_dummy_data_that_is_short(self, fixed: Path, report_of) -> None:
-        items = [noise_item(MediaInfo.image(1, 1))]
-        with broken.plugin(dummy=lambda ctx, seq_len, counts: DummyData([3, 5], items)) as name:
-            hook, item, _, actual = only_failure(report_of(fixed, name), "dummy data")
-        assert (hook, item) == ("dummy data", "asked for 80 tokens and 1 image")
-        assert actual == "InvalidHookError: Broken: dummy data has 17 tokens; at least 80 were asked for"
-
-    def test_dummy_data_without_the_largest_item(self, anyres: Path, report_of) -> None:
-        items = [noise_item(MediaInfo.image(1, 1000))]
-        with broken.plugin(
-            llava_next, dummy=lambda ctx, seq_len, counts: DummyData([3, *[5] * seq_len], items)
-        ) as name:
-            failure = only_failure(report_of(anyres, name), "dummy data")
-        assert failure[:2] == ("dummy data", "image 1x1000")
-        assert failure[2:] == ("an item of 88 features (image 57x57)", "at most 16")
-
-    def test_an_input_processor_of_its_own_mind(self, fixed: Path, report_of) -> None:
-        with broken.plugin(processor=lambda ctx, inputs: inputs) as name:
-            report = report_of(fixed, name)
-        hook, item, expected, actual = first_failure(report, "input processor")
-        assert (hook, item) == ("input processor", "image 1x1, ids")
-        assert (expected, actual) == ("4 3*16 4", "4 3 4")
-
-    def test_a_count_that_transformers_does_not_share(self, fixed: Path, report_of) -> None:
-        with broken.plugin(layout=broken.one_more) as name:
-            report = report_of(fixed, name)
-        failure = first_failure(report, "transformers' processor")
-        assert failure == ("image layout", "image 97x1", "16 tokens, as LlavaProcessor counts", "17 tokens")
-
-    def test_a_mapper_that_is_never_the_same(self, fixed: Path, report_of) -> None:
-        with broken.plugin(mapper=broken.never_twice) as name:
-            assert only_failure(report_of(fixed, name), "fingerprint")[0] == "input mapper"
 
 
 class TestExecutorModel:
@@ -291,6 +121,7 @@ class TestExecutorModel:
                 "NoPixels",
                 "NoPixels.embed_multimodal does not take pixel_values, which the layout emits; it",
             ),
+            ("NeedsMasks", "NeedsMasks", "requires masks, which no layout emits; the layouts emit pixel_values"),
             ("TwoArguments", "TwoArguments.forward", "forward(self, positions, inputs_embeds): too many positional"),
             ("NeedsMore", "NeedsMore.__init__", "the checkpoint lacks weights: more.bias, more.weight"),
         ],
@@ -319,8 +150,20 @@ class TestExecutorModel:
         assert int(item.removeprefix("image ").split("x")[0]) % 97 == 0
         assert (expected, actual) == ("features of shapes [[17, 64]]", "features of [[16, 64]]")
 
+    def test_items_that_change_places(self, fixed: Path, report_of) -> None:
+        with broken.plugin(model="Backwards") as name:
+            hook, item, expected, actual = only_failure(report_of(fixed, name), "features")
+        assert hook == "Backwards.embed_multimodal"
+        assert item.startswith("two of image ")
+        assert (expected, actual) == ("the features that each has alone", "each other's")
+
 
 class TestForward:
+    def test_logits_of_fewer_tokens(self, fixed: Path, tmp_path: Path, report_of) -> None:
+        with broken.plugin(model="NarrowLogits", architecture="OwnForImage2Seq") as name:
+            failure = only_failure(report_of(renamed(fixed, tmp_path / "own"), name), "forward")
+        assert failure == ("NarrowLogits.compute_logits", "text alone", "328 logits, as many as ids", "325 logits")
+
     @pytest.mark.parametrize("model", ["NoPositions", "NoFeatures"])
     def test_not_what_transformers_computes(self, fixed: Path, report_of, model: str) -> None:
         with broken.plugin(model=model) as name:
@@ -338,6 +181,30 @@ class TestForward:
     def test_chunks_that_matter(self, fixed: Path, report_of) -> None:
         with broken.plugin(model="StepsDiffer") as name:
             assert "StepsDiffer.forward in chunks of" in only_failure(report_of(fixed, name), "forward")[0]
+
+    def test_tokens_in_chunks_that_are_not_those_in_one_piece(self, fixed: Path, report_of, monkeypatch) -> None:
+        """Of the last token no logits follow that would show it."""
+        answer = Run.answer
+
+        def another_last_token(run: Run, prompts: list[Prompt]) -> list[Answer]:
+            answers = answer(run, prompts)
+            if len(prompts) > 1:
+                answers[1].token_ids[-1] ^= 1
+            return answers
+
+        monkeypatch.setattr(Run, "answer", another_last_token)
+        hook, item, expected, actual = only_failure(report_of(fixed), "forward")
+        assert "LlavaModel.forward in chunks of" in hook
+        assert item.endswith(", greedy tokens")
+        assert json.loads(expected)[:-1] == json.loads(actual)[:-1]
+        assert json.loads(expected)[-1] ^ 1 == json.loads(actual)[-1]
+
+    def test_tokens_that_transformers_would_not_choose(self, fixed: Path, report_of) -> None:
+        with broken.plugin(model="OtherChoices") as name:
+            hook, item, expected, actual = only_failure(report_of(fixed, name), "forward")
+        assert (hook, item) == ("OtherChoices.forward", "text alone, greedy tokens")
+        assert len(json.loads(expected)) == len(json.loads(actual)) == 6
+        assert expected != actual
 
     @pytest.mark.parametrize(("model", "what"), [("NoPositions", "other positions"), ("NoFeatures", "other features")])
     def test_what_it_ignores_without_a_reference(

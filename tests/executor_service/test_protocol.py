@@ -10,7 +10,7 @@ from torch import nn
 from executor_service.engine.messages import SamplingParams
 from executor_service.engine.request import Request
 from executor_service.layers import Attention
-from executor_service.models.protocol import check_model_class, kv_geometry, load_model_class
+from executor_service.models.protocol import check_model_class, check_required_keywords, kv_geometry, load_model_class
 from registry import MULTIMODAL_REGISTRY, SupportsMultiModal
 from registry.family import ModelFamily
 
@@ -38,6 +38,16 @@ def test_a_missing_keyword_is_named() -> None:
         check_model_class(Complete, ["pixel_values", "image_sizes"])
 
 
+def test_a_keyword_that_nothing_gives_is_named() -> None:
+    class Needs(Complete):
+        def embed_multimodal(self, pixel_values, masks=None, *, sizes, **others): ...
+
+    check_required_keywords(Needs, ["pixel_values", "sizes"])
+    message = "Needs.embed_multimodal requires sizes, which no layout emits; the layouts emit pixel_values$"
+    with pytest.raises(TypeError, match=message):
+        check_required_keywords(Needs, ["pixel_values"])
+
+
 def test_any_keyword_is_fine() -> None:
     class Open(Complete):
         def embed_multimodal(self, **tensors): ...
@@ -56,9 +66,10 @@ def test_bidirectional_spans_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [(None, "package.module:Class"), ("no_colon", "package.module:Class"), ("not.there:Model", "cannot load"),
-     ("executor_service.models.llava:Nothing", "cannot load")],
+     ("executor_service.models.llava:Nothing", "cannot load"), (5, "package.module:Class"),
+     ("tests.cli.no_model:Model", "cannot load .*: ZeroDivisionError: division by zero")],
 )  # fmt: skip
-def test_an_executor_model_that_cannot_be_loaded(name: str | None, text: str) -> None:
+def test_an_executor_model_that_cannot_be_loaded(name: object, text: str) -> None:
     @MULTIMODAL_REGISTRY.register_image_layout(lambda ctx, media: None)
     class Family(SupportsMultiModal):
         executor_model = name

@@ -101,6 +101,24 @@ def test_a_plugin_beats_the_built_in_with_one_warning(ctx, write_plugin) -> None
     assert len(warned) == 1
 
 
+def test_two_classes_of_one_plugin(ctx, tmp_path, monkeypatch) -> None:
+    """The later one counts, and a second name of a class is no second class."""
+    monkeypatch.syspath_prepend(tmp_path)
+    second = """
+@MULTIMODAL_REGISTRY.register_image_layout(lambda ctx, media: ItemLayout((Run(3, 2),), {}))
+class Second(First):
+    pass
+
+Alias = Second
+"""
+    text = PLUGIN.format(name="First", architectures=("Mine",), count=1) + second
+    (tmp_path / "plugin_of_two.py").write_text(text, "utf-8")
+    message = "^Mine is registered more than once; Second of the plugin plugin_of_two counts$"
+    with pytest.warns(UserWarning, match=message) as warned:
+        assert bind_family(with_architecture(ctx, "Mine"), ["plugin_of_two"]).name == "Second"
+    assert len(warned) == 1
+
+
 def test_an_entry_point_beats_the_built_in(ctx, write_plugin, set_entry_points) -> None:
     set_entry_points(**{LLAVA: f"{write_plugin('Installed', LLAVA)}:Installed"})
     with pytest.warns(UserWarning, match=f"^{LLAVA} is registered more than once; the entry point counts$") as warned:
@@ -122,6 +140,25 @@ def test_plugins_that_are_none() -> None:
         known_families(["no_such_module_at_all"])
     with pytest.raises(RegistryError, match=r"^the plugin 'json' defines no class that implements SupportsMultiModal$"):
         known_families(["json"])
+
+
+BROKEN = {
+    "def f(:": "SyntaxError: invalid syntax",
+    "1 / 0": "ZeroDivisionError: division by zero",
+    "raise SystemExit(3)": "SystemExit: 3",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_modules_that_do_not_run(ctx, tmp_path, monkeypatch, set_entry_points, text: str) -> None:
+    name = f"does_not_run_{list(BROKEN).index(text)}"
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"{name}.py").write_text(text, "utf-8")
+    with pytest.raises(RegistryError, match=f"^cannot import the plugin '{name}': {BROKEN[text]}"):
+        known_families([name])
+    set_entry_points(Mine=f"{name}:Mine")
+    with pytest.raises(RegistryError, match=f"^cannot load the family '{name}:Mine': {BROKEN[text]}"):
+        bind_family(with_architecture(ctx, "Mine"))
 
 
 @pytest.mark.parametrize(

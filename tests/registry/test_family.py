@@ -131,34 +131,7 @@ def test_one_keyword_for_two_modalities(ctx) -> None:
         family.layout(MediaInfo("video", height=4, width=5, num_frames=2))
 
 
-# --- layouts and maxima ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("replacement", [(), (Run(3, 0),)], ids=["no runs", "no tokens"])
-def test_an_empty_replacement(ctx, replacement) -> None:
-    family = make_family(ctx, layout=lambda ctx, media: ItemLayout(replacement, {}))
-    with pytest.raises(InvalidHookError, match=r"^Toy: the layout of MediaInfo\(.*\) has an empty replacement$"):
-        family.layout(MediaInfo.image(4, 5))
-
-
-def test_a_dtype_the_wire_does_not_know(ctx) -> None:
-    family = make_family(ctx, layout=lambda *_: ItemLayout((Run(3, 1),), {"x": TensorSpec("complex64", (1,))}))
-    with pytest.raises(
-        InvalidHookError, match=r"^Toy: x has dtype 'complex64'; the wire knows bool, uint8, .*float64$"
-    ):
-        family.layout(MediaInfo.image(4, 5))
-
-
-@pytest.mark.parametrize("number", [0, -3, lambda ctx: 0], ids=["zero", "negative", "function"])
-def test_a_maximum_below_1(ctx, number) -> None:
-    with pytest.raises(InvalidHookError, match=r"^Toy: the maximum image tokens is -?\d; it must be at least 1$"):
-        make_family(ctx, max_tokens=number).max_tokens("image")
-
-
-def test_a_layout_without_features_has_no_maximum(ctx) -> None:
-    family = make_family(ctx, layout=lambda *_: ItemLayout((Run(6, 2, False),), {}))
-    with pytest.raises(InvalidHookError, match="the maximum image tokens is 0"):
-        family.max_tokens("image")
+# --- modalities and tokens ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ask", ["max_tokens", "check_modality"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,13 @@ def set_processor(path: Path, **changes: Any) -> None:
     write_json(path / "preprocessor_config.json", processor_config("clip", 56, **changes))
 
 
+def set_tokenizer(path: Path, change: Callable[[Any], None]) -> None:
+    file = path / "tokenizer.json"
+    content = json.loads(file.read_text("utf-8"))
+    change(content)
+    write_json(file, content)
+
+
 def set_config(path: Path, **changes: Any) -> None:
     config = json.loads((path / "config.json").read_text("utf-8"))
     write_json(path / "config.json", {**config, **changes})
@@ -79,11 +88,15 @@ CHANGES: dict[str, tuple[Any, list[str]]] = {
     "nothing": (lambda path: None, []),
     "normalisation": (lambda path: set_processor(path, image_mean=[0.5] * 3, rescale_factor=0.1), []),
     "fewer tokens": (lambda path: write_tokenizer(path, 300), ["tokenizer"]),
+    "a merge less": (lambda path: set_tokenizer(path, lambda t: t["model"]["merges"].pop()), ["tokenizer"]),
+    "a normalizer": (lambda path: set_tokenizer(path, lambda t: t.update(normalizer={"type": "NFC"})), ["tokenizer"]),
+    "a flag": (lambda path: set_tokenizer(path, lambda t: t["added_tokens"][3].update(lstrip=True)), ["tokenizer"]),
+    "another decoder": (lambda path: set_tokenizer(path, lambda t: t.update(decoder={"type": "Fuse"})), ["tokenizer"]),
     "another filter": (lambda path: set_processor(path, resample=2), ["input mapper"]),
     "another resize": (lambda path: set_processor(path, size={"shortest_edge": 60}), ["input mapper"]),
     "all features": (lambda path: set_config(path, vision_feature_select_strategy="full"), ["item layout"]),
     "another placeholder": (lambda path: set_config(path, image_token_index=9), ["item layout", "tokenizer"]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -149,6 +162,39 @@ def test_fewer_probes_differ(ctx) -> None:
 
 def test_constants_are_part_of_the_layout(ctx) -> None:
     assert fingerprint(float_family(ctx)).differences(fingerprint(float_family(ctx, constant=1))) == ["item layout"]
+
+
+class WithoutStart:
+    """A tokenizer that encodes otherwise than its rules say, as a class of transformers' may."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)[1:]
+
+
+def test_what_a_tokenizer_makes_of_texts_counts_beside_its_rules(ctx) -> None:
+    other = float_family(replace(ctx, tokenizer=WithoutStart(ctx.tokenizer)))
+    assert fingerprint(float_family(ctx)).differences(fingerprint(other)) == ["tokenizer"]
+
+
+class Silent(WithoutStart):
+    """Its encoding does not undo what a caller has set."""
+
+    def encode(self, text: str) -> list[int]:
+        return []
+
+
+def test_what_callers_have_set_does_not_count(ctx) -> None:
+    used = copy.deepcopy(ctx.tokenizer)
+    used.backend_tokenizer.enable_truncation(5)
+    used.backend_tokenizer.enable_padding(pad_token="<pad>")
+    found, other = (fingerprint(float_family(replace(ctx, tokenizer=Silent(one)))) for one in (ctx.tokenizer, used))
+    assert found == other
 
 
 def test_a_checkpoint_error_comes_out(tmp_path: Path) -> None:
