@@ -40,10 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     """Print and write tokens per second and time to first token of every arm, for both models."""
     parser = make_parser("served", __doc__)
     parser.add_argument("--model", type=Path, default=DEMO_MODEL, help="the first checkpoint directory")
-    parser.add_argument("--requests", type=int, default=48, help="requests per measurement (default 48)")
+    parser.add_argument("--requests", type=int, default=32, help="requests per measurement (default 32)")
     parser.add_argument("--one-by-one", type=int, default=8, help="requests of the arms without batches (default 8)")
-    parser.add_argument("--min-tokens", type=int, default=8, help="shortest answer (default 8)")
-    parser.add_argument("--max-tokens", type=int, default=96, help="longest answer (default 96)")
+    parser.add_argument("--min-tokens", type=int, default=16, help="shortest answer (default 16)")
+    parser.add_argument("--max-tokens", type=int, default=160, help="longest answer (default 160)")
     parser.add_argument("--repeats", type=int, default=3, help="interleaved repeats (default 3)")
     parser.add_argument("--only", choices=("demo", "random"), help="one of the two models")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of every arm (default 1)")

@@ -1,6 +1,6 @@
 """What it costs to be two services: time to the first token against the engine called directly, one picture.
 
-Pairs in turn, each arm with a picture of its own that was never seen before: once through both services and the
+Pairs in turn, both arms with the same picture, which neither has seen before: once through both services and the
 generated stub, once in this process, which reads the checkpoint, plans, decodes and maps with the same functions and
 calls `Engine.step` itself. So only gRPC, the front, its digests and the pipe differ. One output token.
 """
@@ -69,14 +69,14 @@ Stages = dict[str, float]
 def measure(direct: Direct, served: Served, num_pairs: int) -> list[tuple[Stages, Stages]]:
     """(direct, served) of every pair; who goes first changes from pair to pair."""
     warm_up = min(10, num_pairs)
-    files = pictures(2 * (num_pairs + warm_up), 240, 320)
+    files = pictures(num_pairs + warm_up, 240, 320)
     pairs = []
     for index in tqdm(range(num_pairs + warm_up), desc="pairs", file=sys.stderr):
-        results = {}
+        results, file = {}, files.pop()
         arms = (direct, served) if index % 2 else (served, direct)
         for arm in arms:
             time.sleep(PAUSE_SECONDS)  # so that no thread of the other arm still spins
-            results[arm] = arm.ask(files.pop())
+            results[arm] = arm.ask(file)
         pairs.append((results[direct], results[served]))
     return pairs[warm_up:]
 

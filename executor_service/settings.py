@@ -49,7 +49,10 @@ class ExecutorSettings(ServiceSettings):
     )
     max_requests: int = Field(1024, ge=1, description="live requests; more are refused with RESOURCE_EXHAUSTED")
     receive_timeout: float = Field(
-        30.0, gt=0, description="seconds a sender may stall that was asked for tensors, before its request ends"
+        30.0,
+        gt=0,
+        description="seconds a sender may be silent that was asked for tensors, before its request "
+        "ends; four times as long for a mebibyte",
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the model; default: torch's own choice")
     check_integrity: bool = Field(False, description="prove blocks and queues after every step (slow; for tests)")
