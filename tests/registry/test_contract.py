@@ -79,7 +79,7 @@ def test_a_layout_that_is_none(ctx, result, name: str) -> None:
     ("maximum", "found"),
     [(0, "0"), (-3, "-3"), (lambda ctx: 0, "0"), (float("nan"), "nan"), (7.0, "7.0"), ("many", "'many'"),
      (lambda ctx: None, "None"), (10**15, "1000000000000000")],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )  # fmt: skip
 def test_a_maximum_that_is_no_number_of_tokens(ctx, maximum, found: str) -> None:
     message = f"Toy: the maximum image tokens is {found}; it must be an int from 1 to 16777216"
