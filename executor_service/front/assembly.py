@@ -85,8 +85,8 @@ class ItemAssembly:
             if (mask := _EXPONENTS.get(tensor.spec.dtype)) is None:
                 continue
             start = self._region.offset + tensor.place
-            words = np.frombuffer(self._view[start : start + tensor.spec.num_bytes], dtype=mask.dtype)
-            if ((words & mask) == mask).any():
+            # In a function of its own: the error's traceback would keep a view of the arena alive.
+            if not _is_finite(self._view[start : start + tensor.spec.num_bytes], mask):
                 raise InvalidInputError(
                     f"item {self._index}: {tensor.name} has values that are not finite",
                     stage="receive",
@@ -121,6 +121,11 @@ class ItemAssembly:
             message = f"a chunk is for tensor {chunk.tensor_index}; the item has {len(self._incoming)} tensors"
             raise refusal(chunk, message, len(self._incoming), chunk.tensor_index)
         return self._incoming[chunk.tensor_index]
+
+
+def _is_finite(data: memoryview, mask: np.unsignedinteger[Any]) -> bool:
+    words = np.frombuffer(data, dtype=mask.dtype)
+    return not ((words & mask) == mask).any()
 
 
 def content_digest(tensors_digest: bytes, modality: str, layout: ItemLayout) -> bytes:

@@ -116,10 +116,14 @@ def test_values_that_are_not_finite_are_refused(dtype: str, value: float) -> Non
     feed(good, 0, array.tobytes())
     good.check_values()
     array[3] = value
-    bad, _ = assembly_of(item(dtype=dtype, a=5))
+    bad, view = assembly_of(item(dtype=dtype, a=5))
     feed(bad, 0, array.tobytes())
-    with pytest.raises(InvalidInputError, match="item 0: a has values that are not finite"):
+    with pytest.raises(InvalidInputError, match="item 0: a has values that are not finite") as caught:
         bad.check_values()
+    memory = view.obj
+    view.release()
+    memory.append(0)  # fails as long as anything, such as the error's traceback, has a view of it
+    assert caught.value.__traceback__ is not None
 
 
 @pytest.mark.parametrize(("bits", "is_finite"), [(0x7F80, False), (0xFF80, False), (0x7FC1, False), (0x7F7F, True)])
