@@ -78,10 +78,15 @@ def _origin() -> dict[str, Any]:
 
 
 def commit(folder: Path) -> str:
-    """The commit that a folder is checked out at."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """The commit that a folder is checked out at; `-dirty` if more than results has changed since."""
+    name = _git(folder, "rev-parse", "--short", "HEAD")
+    changed = _git(folder, "status", "--porcelain", "--", ":(top)", ":(top,exclude)benchmarks/results")
+    return (name or "unknown") + ("-dirty" if changed else "")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def _processor() -> str:
