@@ -1,10 +1,8 @@
-"""The contract's dtypes, by registry name and as numpy dtypes."""
+"""The contract's dtypes and modalities, by the registry's names."""
 
 from __future__ import annotations
 
 from typing import Final
-
-import numpy as np
 
 from diptych.v1 import tensor_pb2
 
@@ -27,8 +25,3 @@ MODALITY_OF_NAME: Final = {
     "audio": tensor_pb2.MODALITY_AUDIO,
 }
 NAME_OF_MODALITY: Final = {number: name for name, number in MODALITY_OF_NAME.items()}
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    """The little-endian numpy dtype of a name; bfloat16, which numpy lacks, is uint16 with the same bits."""
-    return np.dtype("uint16" if name == "bfloat16" else name).newbyteorder("<")

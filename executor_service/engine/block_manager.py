@@ -31,11 +31,6 @@ class BlockManager:
         self._digest_of: dict[int, bytes] = {}
 
     @property
-    def num_free_blocks(self) -> int:
-        """Blocks nobody uses, those that still hold a prefix included."""
-        return len(self._free)
-
-    @property
     def num_used_blocks(self) -> int:
         """Blocks in use."""
         return self.num_blocks - len(self._free)
