@@ -14,7 +14,6 @@ import grpc
 import pytest
 
 from diptych.v1 import preprocess_pb2, preprocess_pb2_grpc
-from executor_service.front.reports import SPAN_NAME as EXECUTE
 from tests.cli.command import address_of, started
 from tests.integration.conftest import prompt_request
 from tests.otlp_receiver import Receiver, receiver
@@ -84,7 +83,8 @@ def test_lines_of_both_services_have_the_callers_trace_id(services, collector, r
     assert next(line for line in found if line["logger"] == "diptych.rpc")["code"] == "OK"
     if "not traced" in request.node.name:
         return
-    tree = collector.wait_tree(trace_id, lambda span: any(one.name == EXECUTE for one in span.walk()))
+    logged = {line["span_id"] for line in found}
+    tree = collector.wait_tree(trace_id, lambda span: logged <= {one.span_id for one in span.walk()})
     spans = {span.span_id: span.service for span in tree.walk()}
     for line in found:
         assert spans[line["span_id"]] == SERVICES[line["logger"]]
