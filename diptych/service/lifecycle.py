@@ -34,8 +34,6 @@ SERVER_OPTIONS: Final = (
     ("grpc.keepalive_time_ms", 60_000),
 )
 CHANNEL_OPTIONS: Final = (
-    ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", 1048576),
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.keepalive_time_ms", 30_000),
