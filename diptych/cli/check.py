@@ -11,6 +11,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import sys
 import textwrap
@@ -43,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     plugins = [name.strip() for name in arguments.plugin.split(",") if name.strip()]
     subject = Subject(Path(arguments.model), plugins)
     stages = make_stages(subject)
-    with warnings.catch_warnings():
+    # What a plugin prints is not part of the report, of which a program may be the reader.
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries' own; the registry's are part of the report
         results = run_stages(stages, _progress(len(stages)))
     if arguments.json:

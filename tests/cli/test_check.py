@@ -8,12 +8,15 @@ import sys
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from diptych.cli.main import main
 from executor_service.checks import trial
 from executor_service.checks.prompts import Prompt
 from executor_service.checks.recorder import Answer, Run
+from registry import InputContext, MediaItem
+from registry.models import llava
 from tests.cli import broken
 from tests.cli.checking import STAGES, failed, first_failure, only_failure, renamed, stage
 from tests.cli.command import diptych
@@ -108,6 +111,17 @@ class TestWholeFamilies:
         done = diptych("check", "--model", fixed, "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["ok"] is True
+
+    def test_what_a_plugin_prints_is_not_in_the_report(self, fixed: Path, without_torch, capsys) -> None:
+        def mapper(ctx: InputContext, item: MediaItem) -> dict[str, np.ndarray]:
+            print("mapping")
+            return llava.map_image(ctx, item)
+
+        with broken.plugin(mapper=mapper) as name:
+            assert main(["check", "--model", str(fixed), "--plugin", name, "--json"]) == 0
+        output = capsys.readouterr()
+        assert json.loads(output.out)["ok"] is True
+        assert "mapping" in output.err
 
 
 class TestExecutorModel:

@@ -80,10 +80,16 @@ def test_random_ids_give_the_text_of_all_of_them(tokenizer: TextTokenizer, ids: 
     assert joined == whole or (whole.startswith(joined) and whole[len(joined) :] == "\ufffd")
 
 
-@given(st.lists(st.integers(0, 270), max_size=60))
+@given(st.lists(st.integers(0, 270), max_size=60), st.text(max_size=20))
 @settings(max_examples=300, deadline=None)
-def test_no_ids_break_the_byte_fallback(fallback: TextTokenizer, ids: list[int]) -> None:
-    pieces_of(fallback, ids)
+def test_no_ids_break_the_byte_fallback(fallback: TextTokenizer, noise: list[int], text: str) -> None:
+    """A text comes out whole, piece by piece; of bytes that are none, every piece is text all the same."""
+    ids = fallback.encode(text, False)
+    assert "".join(pieces_of(fallback, ids)) == fallback.decode(ids)
+    for piece in pieces_of(fallback, noise):
+        assert piece.encode().decode() == piece
+    whole = fallback.decode(noise)
+    assert "\ufffd" in whole or "".join(pieces_of(fallback, noise)) == whole
 
 
 def test_special_tokens_and_unknown_ids_have_no_text(tokenizer: TextTokenizer) -> None:
