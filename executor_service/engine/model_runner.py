@@ -169,16 +169,18 @@ class ModelRunner:
         self, batch: list[ScheduledRequest], places: np.ndarray, cu_seqlens: np.ndarray, seq_lens: np.ndarray
     ) -> AttentionMetadata:
         widths = [len(scheduled.request.block_table) for scheduled in batch]
-        tables = np.zeros((len(batch), max(widths)), dtype=np.int64)
+        tables = np.zeros((len(batch), max(widths)), dtype=np.int32)
         for row, scheduled in enumerate(batch):
             tables[row, : widths[row]] = scheduled.request.block_table
         rows = np.repeat(np.arange(len(batch)), np.diff(cu_seqlens))
-        slots = tables[rows, places // self.block_size] * self.block_size + places % self.block_size
+        blocks = tables[rows, places // self.block_size].astype(np.int64)
         return AttentionMetadata(
-            slot_mapping=self._to_device(slots),
-            cu_seqlens=self._to_device(cu_seqlens),
-            seq_lens=self._to_device(seq_lens),
-            block_tables=self._to_device(tables),
+            slot_mapping=self._to_device(blocks * self.block_size + places % self.block_size),
+            cu_seqlens=self._to_device(cu_seqlens, np.int32),
+            seq_lens=self._to_device(seq_lens, np.int32),
+            block_tables=self._to_device(tables, np.int32),
+            num_decodes=sum(scheduled.num_tokens == 1 for scheduled in batch),
+            max_query_len=max(scheduled.num_tokens for scheduled in batch),
         )
 
     def _embed(self, batch: list[ScheduledRequest], token_ids: Tensor, cu_seqlens: np.ndarray) -> Tensor:
@@ -190,8 +192,8 @@ class ModelRunner:
                 _place_features(embeddings[begin : begin + scheduled.num_tokens], item, start)
         return embeddings
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device)
+    def _to_device(self, array: np.ndarray, dtype: type[np.integer] = np.int64) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype)).to(self.device)
 
 
 def _note_encoding(batch: Sequence[ScheduledRequest], began: float) -> None:

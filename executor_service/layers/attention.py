@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from executor_service.kernels.paged_attention import paged_attention
+from executor_service.kernels.paged_decode_attention import PAGED_DECODE_ATTENTION
+from executor_service.kernels.paged_prefill_attention import PAGED_PREFILL_ATTENTION
 from executor_service.kernels.write_kv import write_kv
-from executor_service.layers.context import current_context
+from executor_service.layers.context import AttentionMetadata, KVCache, current_context
 
 IMPLEMENTATION: Final = "diptych_paged"
 """Name of the implementation in transformers' registry."""
@@ -78,17 +80,27 @@ def _attend(
     context = current_context()
     batch, cache = context.metadata, context.kv_caches[layer_index]
     write_kv(key, value, cache.keys, cache.values, batch.slot_mapping)
-    return paged_attention(
-        query.contiguous(),
-        cache.keys,
-        cache.values,
-        batch.block_tables,
-        batch.cu_seqlens,
-        batch.seq_lens,
-        scale,
-        sliding_window,
-        softcap,
-    )
+    return paged_attention(query.contiguous(), cache, batch, scale, sliding_window, softcap)
+
+
+def paged_attention(
+    query: Tensor, cache: KVCache, batch: AttentionMetadata, scale: float, sliding_window: int, softcap: float
+) -> Tensor:
+    """`query` [T, Hq, D], contiguous, of the batch's tokens, whose keys and values are in the cache -> [T, Hq, D]."""
+    out = torch.empty_like(query)
+    device, count = query.device.type, batch.num_decodes
+    caches = (cache.keys, cache.values)
+    if count:
+        PAGED_DECODE_ATTENTION.direct(device)(
+            query[:count], *caches, batch.block_tables[:count], batch.seq_lens[:count], scale, sliding_window, softcap,
+            out[:count],
+        )  # fmt: skip
+    if count < len(batch.seq_lens):
+        PAGED_PREFILL_ATTENTION.direct(device)(
+            query, *caches, batch.block_tables[count:], batch.cu_seqlens[count:], batch.seq_lens[count:],
+            batch.max_query_len, scale, sliding_window, softcap, out,
+        )  # fmt: skip
+    return out
 
 
 AttentionInterface.register(IMPLEMENTATION, paged_attention_interface)

@@ -19,16 +19,19 @@ class KVCache:
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """One flattened batch of R requests and T tokens; single-token requests come first.
+    """One flattened batch of R requests and T tokens; the first `num_decodes` requests have a single token each.
 
-    `slot_mapping` [T], `cu_seqlens` [R + 1], `seq_lens` [R] (tokens in the cache after this pass) and
-    `block_tables` [R, max_blocks] are int64.
+    `slot_mapping` [T] is int64; `cu_seqlens` [R + 1], `seq_lens` [R] (tokens in the cache after this pass) and
+    `block_tables` [R, max_blocks] are int32. No chunk has more than `max_query_len` tokens. The last two numbers are
+    the host's, so that nobody waits for the device to know them.
     """
 
     slot_mapping: Tensor
     cu_seqlens: Tensor
     seq_lens: Tensor
     block_tables: Tensor
+    num_decodes: int
+    max_query_len: int
 
 
 @dataclass(frozen=True)

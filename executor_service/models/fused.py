@@ -15,10 +15,10 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
 from transformers import LlamaModel, MistralModel, Qwen2Model
 
-from executor_service.kernels.paged_attention import PAGED_ATTENTION
 from executor_service.kernels.rms_norm import ADD_RMS_NORM, RMS_NORM
 from executor_service.kernels.rotary_write_kv import ROTARY_WRITE_KV
 from executor_service.kernels.silu_mul import SILU_MUL
+from executor_service.layers.attention import paged_attention
 from executor_service.layers.context import current_context
 
 WINDOWS: Final[dict[type, Callable[[Any], int | None]]] = {
@@ -72,8 +72,7 @@ class FusedDecoder:
         self._rotary: Any = rotary
         device = norm.weight.device.type
         self._rms_norm, self._add_rms_norm = RMS_NORM.direct(device), ADD_RMS_NORM.direct(device)
-        self._rotary_write_kv, self._attention = ROTARY_WRITE_KV.direct(device), PAGED_ATTENTION.direct(device)
-        self._silu_mul = SILU_MUL.direct(device)
+        self._rotary_write_kv, self._silu_mul = ROTARY_WRITE_KV.direct(device), SILU_MUL.direct(device)
 
     @classmethod
     def of(cls, decoder: nn.Module) -> Self | None:
@@ -94,12 +93,9 @@ class FusedDecoder:
         norm = self._layers[0].attention_norm
         hidden = self._rms_norm(residual, norm.weight, norm.epsilon)
         for index, layer in enumerate(self._layers):
-            keys, values = context.kv_caches[index].keys, context.kv_caches[index].values
-            query = self._rotary_write_kv(layer.qkv(hidden), cos, sin, keys, values, batch.slot_mapping)
-            attended = self._attention(
-                query, keys, values, batch.block_tables, batch.cu_seqlens, batch.seq_lens, layer.scale,
-                layer.sliding_window, 0.0,
-            )  # fmt: skip
+            cache = context.kv_caches[index]
+            query = self._rotary_write_kv(layer.qkv(hidden), cos, sin, cache.keys, cache.values, batch.slot_mapping)
+            attended = paged_attention(query, cache, batch, layer.scale, layer.sliding_window, 0.0)
             hidden = self._add_norm(layer.output(attended.flatten(1)), residual, layer.mlp_norm)
             hidden = layer.down(self._silu_mul(layer.gate_up(hidden)))
             is_last = index + 1 == len(self._layers)

@@ -35,9 +35,11 @@ def batch(seed: int) -> tuple[AttentionMetadata, torch.Tensor, torch.Tensor]:
     rows = torch.repeat_interleave(torch.arange(3), torch.tensor(CHUNKS))
     metadata = AttentionMetadata(
         slot_mapping=blocks[rows, places // BLOCK_SIZE] * BLOCK_SIZE + places % BLOCK_SIZE,
-        cu_seqlens=torch.tensor([0, *torch.tensor(CHUNKS).cumsum(0)]),
-        seq_lens=torch.tensor(LENGTHS),
-        block_tables=blocks,
+        cu_seqlens=torch.tensor([0, *torch.tensor(CHUNKS).cumsum(0)], dtype=torch.int32),
+        seq_lens=torch.tensor(LENGTHS, dtype=torch.int32),
+        block_tables=blocks.to(torch.int32),
+        num_decodes=1,
+        max_query_len=max(CHUNKS),
     )
     return metadata, torch.randn(sum(CHUNKS), 64, generator=generator, dtype=torch.float64), places
 

@@ -7,11 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from executor_service.kernels.paged_attention import paged_attention
+from executor_service.kernels.paged_decode_attention import paged_decode_attention
 from executor_service.kernels.rms_norm import add_rms_norm, rms_norm
 from executor_service.kernels.rotary_write_kv import rotary_write_kv
 from executor_service.kernels.silu_mul import silu_mul
 from executor_service.kernels.write_kv import write_kv
+from executor_service.layers.attention import paged_attention
+from executor_service.layers.context import AttentionMetadata, KVCache
 
 
 def plain_attention(query, keys, values, first, scale, window, softcap):
@@ -37,11 +39,11 @@ def paged(lengths, chunks, heads, kv_heads, dim, block_size, seed):
     num_blocks = sum(tables_needed) + 3
     order = torch.randperm(num_blocks, generator=generator).tolist()
     k_cache, v_cache = (torch.full((num_blocks, block_size, kv_heads, dim), 1e3, dtype=torch.float64) for _ in "kv")
-    tables = torch.zeros((len(lengths), max(tables_needed)), dtype=torch.int64)
+    tables = torch.zeros((len(lengths), max(tables_needed)), dtype=torch.int32)
     rows = []
     for index, length in enumerate(lengths):
         blocks = [order.pop() for _ in range(tables_needed[index])]
-        tables[index, : len(blocks)] = torch.tensor(blocks)
+        tables[index, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
         keys, values = (torch.randn(length, kv_heads, dim, generator=generator, dtype=torch.float64) for _ in "kv")
         slots = torch.tensor([blocks[t // block_size] * block_size + t % block_size for t in range(length)])
         write_kv(keys, values, k_cache, v_cache, slots)
@@ -72,12 +74,25 @@ def batches(draw):
 def test_paged_attention_equals_plain_attention(batch, window, softcap, seed) -> None:
     lengths, chunks, heads, kv_heads, dim, block_size = batch
     rows, k_cache, v_cache, tables = paged(lengths, chunks, heads, kv_heads, dim, block_size, seed)
-    cu_seqlens = torch.tensor([0, *torch.tensor(chunks).cumsum(0).tolist()])
+    cu_seqlens = torch.tensor([0, *torch.tensor(chunks).cumsum(0).tolist()], dtype=torch.int32)
     query = torch.cat([row[0] for row in rows])
-    got = paged_attention(query, k_cache, v_cache, tables, cu_seqlens, torch.tensor(lengths), 0.3, window, softcap)
+    num_decodes = next((row for row, size in enumerate(chunks) if size > 1), len(chunks))
+    metadata = AttentionMetadata(
+        torch.empty(0), cu_seqlens, torch.tensor(lengths, dtype=torch.int32), tables, num_decodes, max(chunks)
+    )
+    got = paged_attention(query, KVCache(k_cache, v_cache), metadata, 0.3, window, softcap)
     for index, (q, k, v) in enumerate(rows):
         expected = plain_attention(q, k, v, lengths[index] - chunks[index], 0.3, window, softcap)
         torch.testing.assert_close(got[cu_seqlens[index] : cu_seqlens[index + 1]], expected, atol=1e-12, rtol=1e-10)
+
+
+def test_a_decode_without_tokens_is_zero() -> None:
+    rows, k_cache, v_cache, tables = paged([5, 3], [1, 1], 2, 1, 4, 4, 0)
+    query, out = torch.cat([row[0] for row in rows]), torch.full((2, 2, 4), float("nan"), dtype=torch.float64)
+    lengths = torch.tensor([5, 0], dtype=torch.int32)
+    paged_decode_attention(query, k_cache, v_cache, tables, lengths, 0.3, 0, 0.0, out)
+    torch.testing.assert_close(out[:1], plain_attention(*rows[0], 4, 0.3, 0, 0.0), atol=1e-12, rtol=1e-10)
+    assert (out[1] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -85,9 +100,13 @@ def test_ops_are_registered_properly(dtype) -> None:
     rows, k_cache, v_cache, tables = paged([9, 20], [1, 6], 4, 2, 8, 4, 0)
     query = torch.cat([row[0] for row in rows]).to(dtype)
     k_cache, v_cache = k_cache.to(dtype), v_cache.to(dtype)
-    lengths = (torch.tensor([0, 1, 7]), torch.tensor([9, 20]))
+    starts, lengths = torch.tensor([0, 1, 7], dtype=torch.int32), torch.tensor([9, 20], dtype=torch.int32)
+    caches, out = (k_cache, v_cache, tables), torch.empty_like(query)
     torch.library.opcheck(
-        torch.ops.diptych.paged_attention.default, (query, k_cache, v_cache, tables, *lengths, 0.3, 0, 0.0)
+        torch.ops.diptych.paged_decode_attention.default, (query[:2], *caches, lengths, 0.3, 0, 0.0, out[:2].clone())
+    )
+    torch.library.opcheck(
+        torch.ops.diptych.paged_prefill_attention.default, (query, *caches, starts, lengths, 6, 0.3, 0, 0.0, out)
     )
     key = torch.randn(3, 2, 8).to(dtype)
     torch.library.opcheck(

@@ -17,6 +17,8 @@ POINTER: Final = ctypes.c_void_p
 INT: Final = ctypes.c_int
 LONG: Final = ctypes.c_longlong
 FLOAT: Final = ctypes.c_float
+BY_VALUE: Final = None
+_SHARED_BYTES_WITHOUT_ASKING: Final = 48 * 1024
 _NAMES: Final = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -34,32 +36,78 @@ def is_wide(dtype: torch.dtype, *lengths: int) -> bool:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A loaded kernel and the C types of its arguments."""
+    """A loaded kernel, the C types of its arguments, and how it is launched (see `kernel`)."""
 
     function: Any
     types: tuple[Any, ...]
+    config: Any
 
-    def __call__(self, grid: Sequence[int], block: int, *arguments: Tensor | float) -> None:
+    def __call__(self, grid: Sequence[int], block: int, *arguments: Any) -> None:
         """Launch `grid` (up to three dimensions) of blocks of `block` threads; tensors are passed by pointer."""
         from cuda.bindings import driver
 
         values = tuple(value.data_ptr() if isinstance(value, Tensor) else value for value in arguments)
-        sizes = (*grid, 1, 1)[:3]
-        stream = torch.cuda.current_stream().cuda_stream
-        (status,) = driver.cuLaunchKernel(self.function, *sizes, block, 1, 1, 0, stream, (values, self.types), 0)
+        config = self.config
+        config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
+        config.blockDimX = block
+        config.hStream = torch.cuda.current_stream().cuda_stream
+        (status,) = driver.cuLaunchKernelEx(config, self.function, (values, self.types), 0)
         if status.value:
             raise RuntimeError(f"a kernel could not be launched: {status.name}")
 
 
 @cache
-def kernel(source: str, name: str, types: tuple[Any, ...]) -> Kernel:
-    """Function `name` of csrc/`source`.cu on the current device; KernelLoadError if there is none."""
+def kernel(
+    source: str,
+    name: str,
+    types: tuple[Any, ...],
+    shared_bytes: int = 0,
+    cluster: int = 1,
+    is_dependent: bool = False,
+) -> Kernel:
+    """Function `name` of csrc/`source`.cu on the current device; KernelLoadError if there is none.
+
+    `types` are POINTER, INT, LONG, FLOAT, or BY_VALUE for what is passed as it is (a tensor map). `shared_bytes`
+    of dynamic shared memory per block, `cluster` blocks of x that run together. `is_dependent` lets it begin while
+    its predecessor on the stream still runs (programmatic dependent launch, from sm_90 on): it calls
+    `wait_for_previous` before it touches what anybody else has written or may still read.
+    """
     from cuda.bindings import driver
 
-    status, function = driver.cuModuleGetFunction(_module(source, torch.cuda.current_device()), name.encode())
+    device = torch.cuda.current_device()
+    status, function = driver.cuModuleGetFunction(_module(source, device), name.encode())
     if status.value:
         raise KernelLoadError(f"kernel {source} has no function {name}: {status.name}")
-    return Kernel(function, types)
+    if shared_bytes > _SHARED_BYTES_WITHOUT_ASKING:
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        (status,) = driver.cuFuncSetAttribute(function, attribute, shared_bytes)
+        if status.value:
+            raise KernelLoadError(f"kernel {name} cannot have {shared_bytes} bytes of shared memory: {status.name}")
+    is_dependent = is_dependent and torch.cuda.get_device_capability(device) >= (9, 0)
+    return Kernel(function, types, _launch_config(shared_bytes, cluster, is_dependent))
+
+
+def _launch_config(shared_bytes: int, cluster: int, is_dependent: bool) -> Any:
+    """Everything of a launch but grid, block and stream."""
+    from cuda.bindings import driver
+
+    config = driver.CUlaunchConfig()
+    config.blockDimY = config.blockDimZ = 1
+    config.sharedMemBytes = shared_bytes
+    attributes = []
+    if cluster > 1:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        dimension = attribute.value.clusterDim
+        dimension.x, dimension.y, dimension.z = cluster, 1, 1
+        attributes.append(attribute)
+    if is_dependent:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(attribute)
+    config.attrs, config.numAttrs = attributes, len(attributes)
+    return config
 
 
 @cache

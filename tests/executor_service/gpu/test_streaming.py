@@ -13,36 +13,9 @@ from executor_service.kernels.cuda.module import load_all
 from executor_service.kernels.rms_norm import add_rms_norm, rms_norm
 from executor_service.kernels.rotary_write_kv import rotary_write_kv
 from executor_service.kernels.silu_mul import silu_mul
+from tests.executor_service.gpu.tensors import DTYPES, ERRORS, SEEDS, close, poison, random
 
 pytestmark = pytest.mark.gpu
-
-ERRORS = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
-"""What each dtype may be away from the formula, relative to the largest value: two roundings of its last bit."""
-DTYPES = st.sampled_from(list(ERRORS))
-SEEDS = st.integers(0, 2**16)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def device() -> torch.device:
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device: these tests need a GPU, its driver and torch's CUDA build")
-    return torch.device("cuda")
-
-
-def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).cuda()
-
-
-def close(got: Tensor, expected: Tensor) -> None:
-    assert got.shape == expected.shape
-    if got.numel():
-        error = (got.double() - expected).abs().max().item()
-        assert error <= ERRORS[got.dtype] * max(expected.abs().max().item(), 1.0)
-
-
-def poison() -> None:
-    """Memory that the next outputs are made of holds no leftovers that happen to be right."""
-    torch.full((1 << 20,), float("nan"), device="cuda")
 
 
 def test_all_load() -> None:
