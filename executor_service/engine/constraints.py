@@ -24,6 +24,11 @@ class TokenConstraints:
         self._min_tokens = sampling.min_tokens
         self._stop_token_ids = np.array(sorted(sampling.stop_token_ids), dtype=np.int64)
 
+    @property
+    def has_sequences(self) -> bool:
+        """Whether a ban depends on which tokens came before, not on their number alone."""
+        return self._bad_words.have_prefixes
+
     def banned(self, output_token_ids: np.ndarray, eos_token_ids: np.ndarray) -> np.ndarray:
         """Ids that may not follow the output so far: int64 [N], with repetitions.
 
@@ -47,6 +52,11 @@ class BadWords:
             (length, np.array([sequence[:-1] for sequence in group], dtype=np.int64), _last(group))
             for length, group in by_length.items()
         ]
+
+    @property
+    def have_prefixes(self) -> bool:
+        """Whether any has more than one token; the others may never appear, whatever comes before."""
+        return any(length for length, _, _ in self._groups)
 
     def completing(self, token_ids: np.ndarray) -> list[np.ndarray]:
         """Ids that, put behind `token_ids`, would complete a sequence: some int64 [n]."""

@@ -57,6 +57,7 @@ class Request:
     Invariant: keys and values of the first `num_computed_tokens` tokens are in the blocks of `block_table`.
     `items` are in the prompt's order; no token from `items_end` on belongs to one.
     `output_token_ids` were given to the client before, by another executor: generation goes on behind them.
+    `num_inflight_tokens` more are sampled, but so far known to the device alone.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Request:
         self.token_ids[: self.num_prompt_tokens] = prompt_token_ids
         self.num_tokens = self.num_prompt_tokens + len(output_token_ids)
         self.token_ids[self.num_prompt_tokens : self.num_tokens] = output_token_ids
+        self.num_inflight_tokens = 0
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
@@ -123,9 +125,20 @@ class Request:
         return self.token_ids[self.num_prompt_tokens : self.num_tokens]
 
     @property
+    def num_expected_tokens(self) -> int:
+        """Tokens once those in flight have arrived: the number of the one that is sampled next."""
+        return self.num_tokens + self.num_inflight_tokens
+
+    @property
+    def needs_output_on_host(self) -> bool:
+        """Whether the next token depends on values of output tokens that only the host looks at: on bad words."""
+        return self.constraints.has_sequences
+
+    @property
     def changes_logits(self) -> bool:
         """Whether biases, penalties or bans apply to the next token."""
-        return self._always_changes_logits or self.num_output_tokens < self.sampling.min_tokens
+        num_output_tokens = self.num_expected_tokens - self.num_prompt_tokens
+        return self._always_changes_logits or num_output_tokens < self.sampling.min_tokens
 
     @property
     def scores_prompt(self) -> bool:
