@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from executor_service.kernels.cuda.module import INT, LONG, POINTER, dtype_name, kernel, num_multiprocessors
 from executor_service.kernels.library import define_op
+
+_THREADS: Final = 256
 
 
 def normalize(tensor: Tensor, table: Tensor, channel_axis: int, dtype: torch.dtype) -> Tensor:
@@ -30,10 +34,31 @@ def _cpu(tensor: Tensor, table: Tensor, channel_axis: int, dtype: torch.dtype) -
     return out
 
 
+def _cuda(tensor: Tensor, table: Tensor, channel_axis: int, dtype: torch.dtype) -> Tensor:
+    tensor = tensor.contiguous()
+    out = torch.empty_like(tensor, dtype=dtype)
+    if not out.numel():
+        return out
+    num_channels, inner = table.shape[0], prod(tensor.shape[channel_axis % tensor.ndim + 1 :])
+    name = f"normalize_{dtype_name(dtype)}"
+    if inner % 16 or tensor.data_ptr() % 16:
+        launch = kernel("normalize", f"{name}_single", (POINTER,) * 3 + (LONG, LONG, INT), is_dependent=True)
+        blocks = min(-(-out.numel() // _THREADS), 16 * num_multiprocessors(out.device.index))
+        launch((blocks,), _THREADS, tensor, table, out, out.numel(), inner, num_channels)
+        return out
+    launch = kernel("normalize", f"{name}_wide", (POINTER,) * 3 + (INT,) * 3, is_dependent=True)
+    pieces = -(-inner // (16 * 4 * _THREADS))
+    launch((out.numel() // inner * pieces,), _THREADS, tensor, table, out, inner, num_channels, pieces)
+    return out
+
+
 def _fake(tensor: Tensor, table: Tensor, channel_axis: int, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(tensor, dtype=dtype)
 
 
 NORMALIZE: Final = define_op(
-    "normalize(Tensor tensor, Tensor table, int channel_axis, ScalarType dtype) -> Tensor", cpu=_cpu, fake=_fake
+    "normalize(Tensor tensor, Tensor table, int channel_axis, ScalarType dtype) -> Tensor",
+    cpu=_cpu,
+    fake=_fake,
+    cuda=_cuda,
 )

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from executor_service.kernels.cuda.module import FLOAT, INT, POINTER, dtype_name, is_wide, kernel
+from executor_service.kernels.cuda.module import (
+    FLOAT,
+    INT,
+    POINTER,
+    Kernel,
+    dtype_name,
+    is_wide,
+    kernel,
+    num_multiprocessors,
+)
 from executor_service.kernels.library import define_op
 
-_MAX_THREADS: Final = 1024
-_PACKS: Final = {"wide": (1, 2, 4), "single": (1, 4, 16)}
-"""How many accesses of a row one thread may hold, as the kernels are compiled."""
+_VARIANTS: Final = {
+    "wide": {1: 1024, 2: 1024, 4: 512, 8: 512},
+    "single": {4: 512, 16: 1024},
+}
+"""How many accesses of a row one thread holds, and the most threads of such a block, as the kernels are compiled."""
+_PACKS_OF_MANY_ROWS: Final = 4
+"""What keeps memory busiest once there are rows for every multiprocessor; one row is done soonest by many threads."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -38,33 +52,37 @@ def _add_rms_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, epsilon: floa
 
 
 def _rms_norm_cuda(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
-        name, threads = _shape_of("rms_norm", x)
-        launch = kernel("rms_norm", name, (POINTER, POINTER, POINTER, INT, FLOAT))
-        launch((x.shape[0],), threads, x.contiguous(), weight, out, x.shape[1], epsilon)
+        rows, width = x.shape
+        launch, threads = _variant("rms_norm", x.dtype, width, rows >= 2 * num_multiprocessors(x.device.index))
+        launch((rows,), threads, x.contiguous(), weight, out, width, epsilon)
     return out
 
 
 def _add_rms_norm_cuda(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
-        name, threads = _shape_of("add_rms_norm", x)
-        launch = kernel("rms_norm", name, (POINTER, POINTER, POINTER, POINTER, INT, FLOAT))
-        launch((x.shape[0],), threads, x.contiguous(), residual, weight, out, x.shape[1], epsilon)
+        rows, width = x.shape
+        launch, threads = _variant("add_rms_norm", x.dtype, width, rows >= 2 * num_multiprocessors(x.device.index))
+        launch((rows,), threads, x.contiguous(), residual, weight, out, width, epsilon)
     return out
 
 
-def _shape_of(op: str, x: Tensor) -> tuple[str, int]:
-    """The variant that holds a row of `x` in the registers of one block, and that block's threads."""
-    width = x.shape[1]
-    kind = "wide" if is_wide(x.dtype, width) else "single"
-    packs = -(-width // (16 // x.itemsize if kind == "wide" else 1))
-    for packs_each in _PACKS[kind]:
-        threads = -(-packs // packs_each)
-        if threads <= _MAX_THREADS:
-            return f"{op}_{dtype_name(x.dtype)}_{kind}_{packs_each}", -(-threads // 32) * 32
-    raise ValueError(f"{op} takes rows of at most {_PACKS[kind][-1] * _MAX_THREADS} accesses, not of {packs}")
+@cache
+def _variant(op: str, dtype: torch.dtype, width: int, is_many: bool) -> tuple[Kernel, int]:
+    """The kernel whose blocks hold a row each in their registers, and the threads of a block."""
+    kind = "wide" if is_wide(dtype, width) else "single"
+    packs = -(-width // (16 // dtype.itemsize if kind == "wide" else 1))
+    least = _PACKS_OF_MANY_ROWS if is_many else 1
+    for packs_each, max_threads in _VARIANTS[kind].items():
+        threads = -(-packs // (32 * packs_each)) * 32
+        if packs_each >= least and threads <= max_threads:
+            types = (POINTER,) * (3 + (op == "add_rms_norm")) + (INT, FLOAT)
+            name = f"{op}_{dtype_name(dtype)}_{kind}_{packs_each}"
+            return kernel("rms_norm", name, types, is_dependent=True), threads
+    most = max(packs_each * max_threads for packs_each, max_threads in _VARIANTS[kind].items())
+    raise ValueError(f"{op} takes rows of at most {most} accesses, not of {packs}")
 
 
 def _rms_norm_fake(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

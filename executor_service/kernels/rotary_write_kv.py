@@ -2,63 +2,101 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from executor_service.kernels.cuda.module import INT, POINTER, dtype_name, is_wide, kernel
+from executor_service.kernels.cuda.module import (
+    INT,
+    POINTER,
+    Kernel,
+    dtype_name,
+    is_wide,
+    kernel,
+    num_multiprocessors,
+)
 from executor_service.kernels.library import define_op
+from executor_service.kernels.write_kv import store_rows
 
 _THREADS: Final = 256
+_MAX_THREADS: Final = 512
+_HEADS_OF_MANY_TOKENS: Final = 4
+"""Heads whose loads a thread has under way, where there are tokens for every multiprocessor."""
 
 
 def rotary_write_kv(
-    qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+    qkv: Tensor, positions: Tensor, cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
 ) -> Tensor:
     """`qkv` [T, (Hq + 2 * Hkv) * D]: queries, keys and values of T tokens -> rotated queries [T, Hq, D].
 
-    `cos` and `sin` [T, D] in the dtype of `qkv`, both halves alike: element i of a head turns with element
-    i + D / 2. Rotated keys and plain values go to the caches [num_blocks, block_size, Hkv, D] at `slot_mapping`
-    [T] (int64): slot s is token s % block_size of block s // block_size. Slots are unique within a call.
+    Row p of `cos_sin` [max_positions, D], in the dtype of `qkv`, has the cosines [D / 2] and then the sines of
+    position p; `positions` [T] (int64) lie within it. Element i of a head turns with element i + D / 2. Rotated
+    keys and plain values go to the caches [num_blocks, block_size, Hkv, D] at `slot_mapping` [T] (int64): slot s is
+    token s % block_size of block s // block_size, and a token with slot -1 is not stored. Slots are unique within
+    a call.
     """
-    result: Tensor = ROTARY_WRITE_KV(qkv, cos, sin, k_cache, v_cache, slot_mapping)
+    result: Tensor = ROTARY_WRITE_KV(qkv, positions, cos_sin, k_cache, v_cache, slot_mapping)
     return result
 
 
-def _cpu(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> Tensor:
+def _cpu(
+    qkv: Tensor, positions: Tensor, cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> Tensor:
     num_kv_heads, head_dim = k_cache.shape[2:]
     heads = qkv.unflatten(-1, (qkv.shape[1] // head_dim, head_dim))
     num_heads = heads.shape[1] - 2 * num_kv_heads
     turning = heads[:, : num_heads + num_kv_heads]
     first, second = turning.chunk(2, dim=-1)
-    turned = turning * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
-    for rows, cache in ((turned[:, num_heads:], k_cache), (heads[:, num_heads + num_kv_heads :], v_cache)):
-        cache.view(-1, num_kv_heads, head_dim).index_copy_(0, slot_mapping, rows.to(cache.dtype))
+    cos, sin = (half[:, None].repeat(1, 1, 2) for half in cos_sin[positions].chunk(2, dim=-1))
+    turned = turning * cos + torch.cat((-second, first), dim=-1) * sin
+    store_rows(turned[:, num_heads:], k_cache, slot_mapping)
+    store_rows(heads[:, num_heads + num_kv_heads :], v_cache, slot_mapping)
     return turned[:, :num_heads].contiguous()
 
 
-def _cuda(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> Tensor:
+def _cuda(
+    qkv: Tensor, positions: Tensor, cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> Tensor:
     num_kv_heads, head_dim = k_cache.shape[2:]
-    query = _fake(qkv, cos, sin, k_cache, v_cache, slot_mapping)
-    if not qkv.numel():
-        return query
-    kind = "wide" if is_wide(qkv.dtype, head_dim // 2) else "single"
-    launch = kernel("rotary_write_kv", f"rotary_write_kv_{dtype_name(qkv.dtype)}_{kind}", (POINTER,) * 7 + (INT,) * 3)
-    launch(
-        (qkv.shape[0],), _THREADS, qkv.contiguous(), cos.contiguous(), sin.contiguous(), k_cache, v_cache, slot_mapping,
-        query, query.shape[1], num_kv_heads, head_dim,
-    )  # fmt: skip
+    query = _fake(qkv, positions, cos_sin, k_cache, v_cache, slot_mapping)
+    tokens, num_heads = query.shape[:2]
+    if tokens:
+        is_many = tokens >= 2 * num_multiprocessors(qkv.device.index)
+        launch, pieces, threads = _variant(qkv.dtype, num_heads + 2 * num_kv_heads, head_dim, is_many)
+        launch(
+            (tokens, pieces), threads, qkv.contiguous(), positions, cos_sin, k_cache, v_cache, slot_mapping, query,
+            num_heads, num_kv_heads, head_dim,
+        )  # fmt: skip
     return query
 
 
-def _fake(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> Tensor:
+@cache
+def _variant(dtype: torch.dtype, all_heads: int, head_dim: int, is_many: bool) -> tuple[Kernel, int, int]:
+    """The kernel, into how many blocks it cuts a token, and the threads of a block: whole halves of heads."""
+    kind = "wide" if is_wide(dtype, head_dim // 2) else "single"
+    packs = head_dim // 2 * dtype.itemsize // 16 if kind == "wide" else head_dim // 2
+    if packs > _MAX_THREADS:
+        raise ValueError(f"rotary_write_kv takes heads of at most {2 * _MAX_THREADS} accesses, not of {2 * packs}")
+    heads_each = _HEADS_OF_MANY_TOKENS if is_many else 1
+    pieces = -(-all_heads * packs // (heads_each * _THREADS))
+    heads_apart = min(-(-all_heads // (pieces * heads_each)), _MAX_THREADS // packs)
+    pieces = -(-all_heads // (heads_each * heads_apart))
+    name = f"rotary_write_kv_{dtype_name(dtype)}_{kind}_{heads_each}"
+    launch = kernel("rotary_write_kv", name, (POINTER,) * 7 + (INT,) * 3, is_dependent=True)
+    return launch, pieces, heads_apart * packs
+
+
+def _fake(
+    qkv: Tensor, positions: Tensor, cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> Tensor:
     num_kv_heads, head_dim = k_cache.shape[2:]
     return qkv.new_empty((qkv.shape[0], qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim))
 
 
 ROTARY_WRITE_KV: Final = define_op(
-    "rotary_write_kv(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "rotary_write_kv(Tensor qkv, Tensor positions, Tensor cos_sin, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor slot_mapping) -> Tensor",
     cpu=_cpu,
     fake=_fake,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Final
 
+import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from executor_service.kernels.cuda.module import INT, LONG, POINTER, dtype_name, is_wide, kernel, num_multiprocessors
+from executor_service.kernels.cuda.module import INT, POINTER, Kernel, dtype_name, is_wide, kernel, num_multiprocessors
 from executor_service.kernels.library import define_op
 
-_THREADS: Final = 256
+_THREADS_OF_FEW_ROWS: Final = 128
+_MAX_THREADS: Final = 512
+_PACKS_OF_MANY_ROWS: Final = 4
+"""Loads of each half that a thread has under way, where there are rows for every multiprocessor."""
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -25,16 +30,25 @@ def _cpu(gate_up: Tensor) -> Tensor:
 
 
 def _cuda(gate_up: Tensor) -> Tensor:
-    rows, width = gate_up.numel() // gate_up.shape[-1], gate_up.shape[-1] // 2
     out = _fake(gate_up)
-    if not out.numel():
-        return out
-    kind = "wide" if is_wide(gate_up.dtype, width) else "single"
-    name = f"silu_mul_{dtype_name(gate_up.dtype)}_{kind}"
-    blocks = min(-(-out.numel() * out.itemsize // (16 * _THREADS)), 8 * num_multiprocessors(out.device.index))
-    launch = kernel("silu_mul", name, (POINTER, POINTER, LONG, INT))
-    launch((blocks,), _THREADS, gate_up.contiguous(), out, rows, width)
+    if out.numel():
+        rows, width = out.numel() // out.shape[-1], out.shape[-1]
+        is_many = rows >= 2 * num_multiprocessors(out.device.index)
+        launch, pieces, threads = _variant(gate_up.dtype, width, is_many)
+        launch((rows, pieces), threads, gate_up.contiguous(), out, width)
     return out
+
+
+@cache
+def _variant(dtype: torch.dtype, width: int, is_many: bool) -> tuple[Kernel, int, int]:
+    """The kernel, into how many blocks it cuts a row, and the threads of a block."""
+    kind = "wide" if is_wide(dtype, width) else "single"
+    packs = width * dtype.itemsize // 16 if kind == "wide" else width
+    packs_each = _PACKS_OF_MANY_ROWS if is_many or kind == "single" else 1
+    pieces = -(-packs // (packs_each * (_MAX_THREADS if is_many else _THREADS_OF_FEW_ROWS)))
+    threads = -(-packs // (pieces * packs_each * 32)) * 32
+    name = f"silu_mul_{dtype_name(dtype)}_{kind}_{packs_each}"
+    return kernel("silu_mul", name, (POINTER, POINTER, INT), is_dependent=True), pieces, threads
 
 
 def _fake(gate_up: Tensor) -> Tensor:

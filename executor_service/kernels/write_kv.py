@@ -7,20 +7,43 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from executor_service.kernels.cuda.module import INT, POINTER, kernel
 from executor_service.kernels.library import define_op
+
+_MAX_THREADS: Final = 256
 
 
 def write_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """`key`, `value` [T, Hkv, D] -> caches [num_blocks, block_size, Hkv, D] at `slot_mapping` [T] (int64).
 
-    Slot s is token s % block_size of block s // block_size. Slots are unique within a call.
+    Slot s is token s % block_size of block s // block_size; a token with slot -1 is not stored. Slots are unique
+    within a call.
     """
     WRITE_KV(key, value, k_cache, v_cache, slot_mapping)
 
 
+def store_rows(rows: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+    """The reference's way of one tensor [T, Hkv, D] into one cache."""
+    if (slot_mapping < 0).any():
+        is_stored = slot_mapping >= 0
+        rows, slot_mapping = rows[is_stored], slot_mapping[is_stored]
+    cache.view(-1, *cache.shape[2:]).index_copy_(0, slot_mapping, rows.to(cache.dtype))
+
+
 def _cpu(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    for source, cache in ((key, k_cache), (value, v_cache)):
-        cache.view(-1, *cache.shape[2:]).index_copy_(0, slot_mapping, source.to(cache.dtype))
+    store_rows(key, k_cache, slot_mapping)
+    store_rows(value, v_cache, slot_mapping)
+
+
+def _cuda(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    if not key.numel():
+        return
+    key, value = (rows.to(k_cache.dtype).contiguous() for rows in (key, value))
+    row_bytes = key[0].numel() * key.itemsize
+    access = next(size for size in (16, 4, 2) if not row_bytes % size)
+    length = row_bytes // access
+    launch = kernel("write_kv", f"write_kv_{access}", (POINTER,) * 5 + (INT,), is_dependent=True)
+    launch((len(key),), min(length, _MAX_THREADS), key, value, k_cache, v_cache, slot_mapping, length)
 
 
 def _fake(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -31,4 +54,5 @@ WRITE_KV: Final = define_op(
     "write_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()",
     cpu=_cpu,
     fake=_fake,
+    cuda=_cuda,
 )

@@ -66,10 +66,10 @@ class _Layer:
 class FusedDecoder:
     """Embeddings in, hidden states out, as the decoder it was made of."""
 
-    def __init__(self, layers: Sequence[_Layer], norm: _Norm, rotary: nn.Module) -> None:
+    def __init__(self, layers: Sequence[_Layer], norm: _Norm, cos_sin: Tensor) -> None:
         self._layers = layers
         self._norm = norm
-        self._rotary: Any = rotary
+        self._cos_sin = cos_sin
         device = norm.weight.device.type
         self._rms_norm, self._add_rms_norm = RMS_NORM.direct(device), ADD_RMS_NORM.direct(device)
         self._rotary_write_kv, self._silu_mul = ROTARY_WRITE_KV.direct(device), SILU_MUL.direct(device)
@@ -82,19 +82,19 @@ class FusedDecoder:
             return None
         window_of = WINDOWS[type(model)]
         layers = [_fuse(layer, window_of) for layer in model.layers[: model.config.num_hidden_layers]]
-        return cls(layers, _norm(model.norm), model.rotary_emb)
+        return cls(layers, _norm(model.norm), rotary_table(model))
 
     def __call__(self, inputs_embeds: Tensor, positions: Tensor) -> Tensor:
         """[T, hidden], [T] -> [T, hidden]."""
         context = current_context()
         batch = context.metadata
-        cos, sin = (table[0] for table in self._rotary(inputs_embeds, positions[None]))
+        cos_sin, slots = self._cos_sin, batch.slot_mapping
         residual = inputs_embeds.clone()
         norm = self._layers[0].attention_norm
         hidden = self._rms_norm(residual, norm.weight, norm.epsilon)
         for index, layer in enumerate(self._layers):
             cache = context.kv_caches[index]
-            query = self._rotary_write_kv(layer.qkv(hidden), cos, sin, cache.keys, cache.values, batch.slot_mapping)
+            query = self._rotary_write_kv(layer.qkv(hidden), positions, cos_sin, cache.keys, cache.values, slots)
             attended = paged_attention(query, cache, batch, layer.scale, layer.sliding_window, 0.0)
             hidden = self._add_norm(layer.output(attended.flatten(1)), residual, layer.mlp_norm)
             hidden = layer.down(self._silu_mul(layer.gate_up(hidden)))
@@ -105,6 +105,21 @@ class FusedDecoder:
     def _add_norm(self, x: Tensor, residual: Tensor, norm: _Norm) -> Tensor:
         result: Tensor = self._add_rms_norm(x, residual, norm.weight, norm.epsilon)
         return result
+
+
+def rotary_table(model: Any) -> Tensor:
+    """What a decoder's rotary embedding makes of each position, [max_positions, D]: D / 2 cosines, then as many sines.
+
+    It covers all positions that boot lets a request have: frequencies that change beyond a length never come up.
+    """
+    rope = model.config.rope_parameters
+    num_positions = model.config.max_position_embeddings
+    if rope["rope_type"] == "longrope":
+        num_positions = rope.get("original_max_position_embeddings") or num_positions
+    with torch.inference_mode():
+        weight: Tensor = model.norm.weight
+        tables = model.rotary_emb(weight, torch.arange(num_positions, device=weight.device)[None])
+        return torch.cat([table[0].chunk(2, dim=-1)[0] for table in tables], dim=-1)
 
 
 def _fuse(layer: Any, window_of: Callable[[Any], int | None]) -> _Layer:

@@ -119,7 +119,7 @@ def test_ops_are_registered_properly(dtype) -> None:
     qkv, angles = torch.randn(3, (4 + 2 * 2) * 8).to(dtype), torch.randn(3, 8).to(dtype)
     torch.library.opcheck(
         torch.ops.diptych.rotary_write_kv.default,
-        (qkv, angles.cos(), angles.sin(), k_cache, v_cache, torch.tensor([0, 5, 11])),
+        (qkv, torch.tensor([2, 0, 1]), angles, k_cache, v_cache, torch.tensor([0, -1, 11])),
     )
 
 
@@ -174,17 +174,20 @@ def test_rotary_write_kv_turns_pairs_and_stores(num_tokens, heads, dim, block_si
     generator = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads = heads
     qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, dim, generator=generator).to(dtype)
-    angles = torch.randn(num_tokens, dim // 2, generator=generator, dtype=torch.float64)
-    cos, sin = (torch.cat([table, table], dim=-1).to(dtype) for table in (angles.cos(), angles.sin()))
+    angles = torch.randn(20, dim // 2, generator=generator, dtype=torch.float64)
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+    positions = torch.randint(20, (num_tokens,), generator=generator)
     k_cache, v_cache = (torch.full((12, block_size, num_kv_heads, dim), 7.0).to(dtype) for _ in "kv")
     slots = torch.randperm(12 * block_size, generator=generator)[:num_tokens]
-    query = rotary_write_kv(qkv.flatten(1), cos, sin, k_cache, v_cache, slots)
+    is_stored = torch.rand(num_tokens, generator=generator) < 0.8
+    query = rotary_write_kv(qkv.flatten(1), positions, cos_sin, k_cache, v_cache, slots.where(is_stored, -1))
 
-    turns = torch.complex(cos.double(), sin.double())[:, None, : dim // 2]
+    turns = torch.complex(*cos_sin[positions].double().chunk(2, dim=-1))[:, None]
     points = torch.complex(*qkv.double().chunk(2, dim=-1)) * turns
     turned = torch.cat([points.real, points.imag], dim=-1)
     close(query, turned[:, :num_heads])
     keys, values = (cache.view(-1, num_kv_heads, dim) for cache in (k_cache, v_cache))
+    qkv, turned, slots = qkv[is_stored], turned[is_stored], slots[is_stored]
     close(keys[slots], turned[:, num_heads : num_heads + num_kv_heads])
     assert torch.equal(values[slots], qkv[:, num_heads + num_kv_heads :])
     others = torch.ones(12 * block_size, dtype=torch.bool).index_fill_(0, slots, False)

@@ -1,5 +1,6 @@
 // rms_norm, and add_rms_norm which adds a residual first: one block per row, the row stays in registers.
-#include "numbers.cuh"
+#include "dependent.cuh"
+#include "packs.cuh"
 
 namespace {
 
@@ -7,71 +8,84 @@ constexpr int kMaxWarps = 32;
 
 __device__ __forceinline__ float sum_of_block(float value) {
     __shared__ float parts[kMaxWarps];
+#pragma unroll
     for (int offset = 16; offset; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = (blockDim.x + 31) / 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
     if (lane == 0) parts[warp] = value;
     __syncthreads();
     value = lane < num_warps ? parts[lane] : 0.0f;
+#pragma unroll
     for (int offset = 16; offset; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
     return value;
 }
 
-// blockDim.x is a multiple of 32; kPacks packs of kCount elements per thread cover a row of `width`.
+// blockDim.x is a multiple of 32; kPacks packs of kCount elements per thread cover a row of `width`. All loads of a
+// thread are under way before the first is used.
 template <typename T, int kCount, int kPacks, bool kAdds>
 __device__ __forceinline__ void normalize_row(
-    const T* __restrict__ x, T* __restrict__ residual, const T* __restrict__ weight, T* __restrict__ out, int width,
-    float epsilon) {
+    const T* __restrict__ x, T* residual, const T* __restrict__ weight, T* __restrict__ out, int width, float epsilon) {
+    let_next_begin();
     const long long row = static_cast<long long>(blockIdx.x) * width;
-    Pack<T, kCount> values[kPacks];
+    const int first = threadIdx.x * kCount, step = blockDim.x * kCount;
+    wait_for_previous();
+    Pack<T, kCount> values[kPacks], factors[kPacks], others[kAdds ? kPacks : 1];
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+        if (first + i * step >= width) continue;
+        values[i] = load<T, kCount>(x + row + first + i * step);
+        if constexpr (kAdds) others[i] = load<T, kCount>(residual + row + first + i * step);
+        // With one pack it is latency that counts; with several the weights are in the L1 cache when they are needed.
+        if constexpr (kPacks == 1) factors[i] = load<T, kCount>(weight + first + i * step);
+    }
     float squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-        const int at = (i * blockDim.x + threadIdx.x) * kCount;
-        if (at >= width) continue;
-        values[i] = load<T, kCount>(x + row + at);
+        if (first + i * step >= width) continue;
+        Floats<kCount> elements = floats_of(values[i]);
         if constexpr (kAdds) {
-            const Pack<T, kCount> other = load<T, kCount>(residual + row + at);
+            const Floats<kCount> before = floats_of(others[i]);
 #pragma unroll
-            for (int e = 0; e < kCount; ++e)
-                values[i].elements[e] = from_float<T>(to_float(other.elements[e]) + to_float(values[i].elements[e]));
-            store<T, kCount>(residual + row + at, values[i]);
+            for (int e = 0; e < kCount; ++e) elements.elements[e] += before.elements[e];
+            values[i] = pack_of<T>(elements);
+            store<T, kCount>(residual + row + first + i * step, values[i]);
+            elements = floats_of(values[i]);
         }
 #pragma unroll
-        for (int e = 0; e < kCount; ++e) squares += to_float(values[i].elements[e]) * to_float(values[i].elements[e]);
+        for (int e = 0; e < kCount; ++e) squares += elements.elements[e] * elements.elements[e];
     }
     const float scale = rsqrtf(sum_of_block(squares) / width + epsilon);
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-        const int at = (i * blockDim.x + threadIdx.x) * kCount;
-        if (at >= width) continue;
-        const Pack<T, kCount> factors = load<T, kCount>(weight + at);
-        Pack<T, kCount> result;
+        if (first + i * step >= width) continue;
+        if constexpr (kPacks > 1) factors[i] = load<T, kCount>(weight + first + i * step);
+        Floats<kCount> normal = floats_of(values[i]);
 #pragma unroll
-        for (int e = 0; e < kCount; ++e) {
-            // Rounded before the weight, as the models that transformers has do it.
-            const float normal = rounded<T>(to_float(values[i].elements[e]) * scale);
-            result.elements[e] = from_float<T>(to_float(factors.elements[e]) * normal);
-        }
-        store<T, kCount>(out + row + at, result);
+        for (int e = 0; e < kCount; ++e) normal.elements[e] *= scale;
+        // Rounded before the weight, as the models that transformers has do it.
+        normal = floats_of(pack_of<T>(normal));
+        const Floats<kCount> weights = floats_of(factors[i]);
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) normal.elements[e] *= weights.elements[e];
+        store<T, kCount>(out + row + first + i * step, pack_of<T>(normal));
     }
 }
 
 }  // namespace
 
-#define KERNELS(NAME, T, KIND, COUNT, PACKS)                                                                       \
-    extern "C" __global__ void __launch_bounds__(1024) rms_norm_##NAME##_##KIND##_##PACKS(                         \
+#define KERNELS(NAME, T, KIND, COUNT, PACKS, THREADS)                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS) rms_norm_##NAME##_##KIND##_##PACKS(                      \
         const T* x, const T* weight, T* out, int width, float epsilon) {                                           \
         normalize_row<T, COUNT, PACKS, false>(x, nullptr, weight, out, width, epsilon);                            \
     }                                                                                                              \
-    extern "C" __global__ void __launch_bounds__(1024) add_rms_norm_##NAME##_##KIND##_##PACKS(                     \
+    extern "C" __global__ void __launch_bounds__(THREADS) add_rms_norm_##NAME##_##KIND##_##PACKS(                  \
         const T* x, T* residual, const T* weight, T* out, int width, float epsilon) {                              \
         normalize_row<T, COUNT, PACKS, true>(x, residual, weight, out, width, epsilon);                            \
     }
-#define WIDTHS(NAME, T)                      \
-    KERNELS(NAME, T, wide, kWide<T>, 1)      \
-    KERNELS(NAME, T, wide, kWide<T>, 2)      \
-    KERNELS(NAME, T, wide, kWide<T>, 4)      \
-    KERNELS(NAME, T, single, 1, 1)           \
-    KERNELS(NAME, T, single, 1, 4)           \
-    KERNELS(NAME, T, single, 1, 16)
+#define WIDTHS(NAME, T)                          \
+    KERNELS(NAME, T, wide, kWide<T>, 1, 1024)    \
+    KERNELS(NAME, T, wide, kWide<T>, 2, 1024)    \
+    KERNELS(NAME, T, wide, kWide<T>, 4, 512)     \
+    KERNELS(NAME, T, wide, kWide<T>, 8, 512)     \
+    KERNELS(NAME, T, single, 1, 4, 512)          \
+    KERNELS(NAME, T, single, 1, 16, 1024)
 FOR_EACH_DTYPE(WIDTHS)

@@ -1,58 +1,76 @@
 // Queries and keys turned, keys and values stored to their slots, queries to a tensor of their own: one pass over qkv.
-#include "numbers.cuh"
+#include "dependent.cuh"
+#include "packs.cuh"
 
 namespace {
 
-// A token per blockIdx.x; its threads walk over (head, pack) of half a head each. Values have no other half to turn
-// with, so their threads copy two packs.
-template <typename T, int kCount>
+// blockIdx.x is the token. Thread t has pack t % packs of the halves of kHeads heads, which lie blockDim.x / packs
+// apart; blockIdx.y counts further heads where one block does not have all. Values are copied, two packs as well.
+template <typename T, int kCount, int kHeads>
 __device__ __forceinline__ void rotary_write_kv(
-    const T* __restrict__ qkv, const T* __restrict__ cos, const T* __restrict__ sin, T* __restrict__ k_cache,
-    T* __restrict__ v_cache, const long long* __restrict__ slot_mapping, T* __restrict__ query, int num_heads,
-    int num_kv_heads, int head_dim) {
+    const T* __restrict__ qkv, const long long* __restrict__ positions, const T* __restrict__ cos_sin,
+    T* __restrict__ k_cache, T* __restrict__ v_cache, const long long* __restrict__ slot_mapping,
+    T* __restrict__ query, int num_heads, int num_kv_heads, int head_dim) {
+    let_next_begin();
     const long long token = blockIdx.x;
-    const int half = head_dim / 2, packs = half / kCount, all_heads = num_heads + 2 * num_kv_heads;
-    const long long slot = slot_mapping[token];
-    const T* source = qkv + token * all_heads * head_dim;
-    for (int i = threadIdx.x; i < all_heads * packs; i += blockDim.x) {
-        const int head = i / packs, at = (i - head * packs) * kCount;
-        const T* from = source + head * head_dim + at;
-        Pack<T, kCount> first = load<T, kCount>(from), second = load<T, kCount>(from + half);
+    const int half = head_dim / 2, packs = half / kCount, turning = num_heads + num_kv_heads;
+    const int all_heads = turning + num_kv_heads, heads_apart = blockDim.x / packs;
+    const int at = threadIdx.x % packs * kCount;
+    const int first_head = blockIdx.y * kHeads * heads_apart + threadIdx.x / packs;
+    const T* source = qkv + token * all_heads * head_dim + at;
+    wait_for_previous();
+    const long long position = positions[token], slot = slot_mapping[token];
+    Pack<T, kCount> first[kHeads], second[kHeads];
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k) {
+        const int head = first_head + k * heads_apart;
+        if (head >= all_heads) continue;
+        first[k] = load<T, kCount>(source + head * head_dim);
+        second[k] = load<T, kCount>(source + head * head_dim + half);
+    }
+    const Pack<T, kCount> cos = load<T, kCount>(cos_sin + position * head_dim + at);
+    const Pack<T, kCount> sin = load<T, kCount>(cos_sin + position * head_dim + half + at);
+    const Floats<kCount> x = floats_of(cos), y = floats_of(sin);
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k) {
+        const int head = first_head + k * heads_apart;
+        if (head >= all_heads) continue;
         T* to;
         if (head < num_heads) {
-            to = query + (token * num_heads + head) * head_dim;
-        } else if (head < num_heads + num_kv_heads) {
-            to = k_cache + (slot * num_kv_heads + head - num_heads) * head_dim;
+            to = query + (token * num_heads + head) * head_dim + at;
         } else {
-            to = v_cache + (slot * num_kv_heads + head - num_heads - num_kv_heads) * head_dim;
+            if (slot < 0) continue;
+            to = head < turning ? k_cache + (slot * num_kv_heads + head - num_heads) * head_dim + at
+                                : v_cache + (slot * num_kv_heads + head - turning) * head_dim + at;
         }
-        if (head < num_heads + num_kv_heads) {
-            // Both halves of a row of cos and sin are alike.
-            const Pack<T, kCount> c = load<T, kCount>(cos + token * head_dim + at);
-            const Pack<T, kCount> s = load<T, kCount>(sin + token * head_dim + at);
+        if (head < turning) {
+            const Floats<kCount> a = floats_of(first[k]), b = floats_of(second[k]);
+            Floats<kCount> one, other;
 #pragma unroll
             for (int e = 0; e < kCount; ++e) {
-                const float a = to_float(first.elements[e]), b = to_float(second.elements[e]);
-                const float x = to_float(c.elements[e]), y = to_float(s.elements[e]);
-                first.elements[e] = from_float<T>(a * x - b * y);
-                second.elements[e] = from_float<T>(b * x + a * y);
+                one.elements[e] = a.elements[e] * x.elements[e] - b.elements[e] * y.elements[e];
+                other.elements[e] = b.elements[e] * x.elements[e] + a.elements[e] * y.elements[e];
             }
+            first[k] = pack_of<T>(one), second[k] = pack_of<T>(other);
         }
-        store<T, kCount>(to + at, first);
-        store<T, kCount>(to + at + half, second);
+        store<T, kCount>(to, first[k]);
+        store<T, kCount>(to + half, second[k]);
     }
 }
 
 }  // namespace
 
-#define KERNEL(NAME, T, KIND, COUNT)                                                                                 \
-    extern "C" __global__ void rotary_write_kv_##NAME##_##KIND(                                                      \
-        const T* qkv, const T* cos, const T* sin, T* k_cache, T* v_cache, const long long* slot_mapping, T* query,   \
-        int num_heads, int num_kv_heads, int head_dim) {                                                             \
-        rotary_write_kv<T, COUNT>(                                                                                   \
-            qkv, cos, sin, k_cache, v_cache, slot_mapping, query, num_heads, num_kv_heads, head_dim);                \
+#define KERNEL(NAME, T, KIND, COUNT, HEADS)                                                                          \
+    extern "C" __global__ void __launch_bounds__(512) rotary_write_kv_##NAME##_##KIND##_##HEADS(                    \
+        const T* qkv, const long long* positions, const T* cos_sin, T* k_cache, T* v_cache,                          \
+        const long long* slot_mapping, T* query, int num_heads, int num_kv_heads, int head_dim) {                    \
+        rotary_write_kv<T, COUNT, HEADS>(                                                                            \
+            qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, query, num_heads, num_kv_heads, head_dim);      \
     }
-#define KERNELS(NAME, T)                \
-    KERNEL(NAME, T, wide, kWide<T>)     \
-    KERNEL(NAME, T, single, 1)
+#define KERNELS(NAME, T)                   \
+    KERNEL(NAME, T, wide, kWide<T>, 1)     \
+    KERNEL(NAME, T, wide, kWide<T>, 2)     \
+    KERNEL(NAME, T, wide, kWide<T>, 4)     \
+    KERNEL(NAME, T, single, 1, 1)          \
+    KERNEL(NAME, T, single, 1, 4)
 FOR_EACH_DTYPE(KERNELS)

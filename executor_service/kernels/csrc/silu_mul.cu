@@ -1,36 +1,54 @@
-// silu(gate) * up for rows of [gate | up]: a stream of packs, as many threads as keep the memory busy.
-#include "numbers.cuh"
+// silu(gate) * up for rows of [gate | up]: a block per row, or per piece of a row where rows are few or long.
+#include "dependent.cuh"
+#include "packs.cuh"
 
 namespace {
 
-template <typename T, int kCount>
-__device__ __forceinline__ void silu_mul(const T* __restrict__ gate_up, T* __restrict__ out, long long rows, int width) {
-    const int packs_per_row = width / kCount;
-    const long long packs = rows * packs_per_row;
-    const long long stride = static_cast<long long>(gridDim.x) * blockDim.x;
-    for (long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; i < packs; i += stride) {
-        const long long row = i / packs_per_row;
-        const int at = static_cast<int>(i - row * packs_per_row) * kCount;
-        const T* source = gate_up + row * 2 * width + at;
-        const Pack<T, kCount> gate = load<T, kCount>(source), up = load<T, kCount>(source + width);
-        Pack<T, kCount> result;
+template <typename T> __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+
+template <> __device__ __forceinline__ float silu<float>(float x) { return x / (1.0f + expf(-x)); }
+
+// The block's threads hold kPacks packs each of piece blockIdx.y of row blockIdx.x; all loads are under way at once.
+template <typename T, int kCount, int kPacks>
+__device__ __forceinline__ void silu_mul(const T* __restrict__ gate_up, T* __restrict__ out, int width) {
+    let_next_begin();
+    const long long row = blockIdx.x;
+    const int first = (blockIdx.y * kPacks * blockDim.x + threadIdx.x) * kCount, step = blockDim.x * kCount;
+    const T* gate_row = gate_up + row * 2 * width + first;
+    T* out_row = out + row * width + first;
+    wait_for_previous();
+    Pack<T, kCount> gates[kPacks], ups[kPacks];
 #pragma unroll
-        for (int e = 0; e < kCount; ++e) {
-            const float g = to_float(gate.elements[e]);
-            const float activated = rounded<T>(g / (1.0f + expf(-g)));
-            result.elements[e] = from_float<T>(activated * to_float(up.elements[e]));
-        }
-        store<T, kCount>(out + row * width + at, result);
+    for (int i = 0; i < kPacks; ++i) {
+        if (first + i * step >= width) continue;
+        gates[i] = load<T, kCount>(gate_row + i * step);
+        ups[i] = load<T, kCount>(gate_row + width + i * step);
+    }
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+        if (first + i * step >= width) continue;
+        Floats<kCount> gate = floats_of(gates[i]);
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) gate.elements[e] = silu<T>(gate.elements[e]);
+        // Rounded in between, as by two operations.
+        gate = floats_of(pack_of<T>(gate));
+        const Floats<kCount> up = floats_of(ups[i]);
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) gate.elements[e] *= up.elements[e];
+        store<T, kCount>(out_row + i * step, pack_of<T>(gate));
     }
 }
 
 }  // namespace
 
-#define KERNELS(NAME, T)                                                                                      \
-    extern "C" __global__ void silu_mul_##NAME##_wide(const T* gate_up, T* out, long long rows, int width) {   \
-        silu_mul<T, kWide<T>>(gate_up, out, rows, width);                                                      \
-    }                                                                                                          \
-    extern "C" __global__ void silu_mul_##NAME##_single(const T* gate_up, T* out, long long rows, int width) { \
-        silu_mul<T, 1>(gate_up, out, rows, width);                                                             \
+#define KERNEL(NAME, T, KIND, COUNT, PACKS)                                             \
+    extern "C" __global__ void __launch_bounds__(512) silu_mul_##NAME##_##KIND##_##PACKS( \
+        const T* gate_up, T* out, int width) {                                          \
+        silu_mul<T, COUNT, PACKS>(gate_up, out, width);                                 \
     }
+#define KERNELS(NAME, T)                  \
+    KERNEL(NAME, T, wide, kWide<T>, 1)    \
+    KERNEL(NAME, T, wide, kWide<T>, 2)    \
+    KERNEL(NAME, T, wide, kWide<T>, 4)    \
+    KERNEL(NAME, T, single, 1, 4)
 FOR_EACH_DTYPE(KERNELS)

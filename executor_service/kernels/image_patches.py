@@ -1,0 +1,95 @@
+"""uint8 tiles to the rows of a vision tower's first matrix product: normalised, rounded and unfolded, in one pass."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from executor_service.kernels.cuda.module import INT, LONG, POINTER, Kernel, dtype_name, kernel, num_multiprocessors
+from executor_service.kernels.library import define_op
+
+_THREADS: Final = 256
+_MAX_THREADS: Final = 512
+_MAX_SHARED_BYTES: Final = 96 * 1024
+"""Of one block, so that two fit a multiprocessor from sm_80 on, but for sm_86 and sm_89, where one does."""
+_LEVELS: Final = 256
+
+
+def image_patches(tiles: Tensor, table: Tensor, patch: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """uint8 `tiles` [N, C, H, W] -> `dtype` [N * (H // patch) * (W // patch), columns].
+
+    Row by row the patches of each tile, pixels beyond the last whole patch left out; column (c * patch + y) * patch + x
+    is `table[c, level]` of pixel (y, x) of channel c, as the weight of a convolution without padding has it, and the
+    columns from C * patch * patch on are 0. `table` is float32 [C, 256], see `normalize`.
+    """
+    result: Tensor = IMAGE_PATCHES(tiles, table, patch, columns, dtype)
+    return result
+
+
+def _cpu(tiles: Tensor, table: Tensor, patch: int, columns: int, dtype: torch.dtype) -> Tensor:
+    num_tiles, num_channels, height, width = tiles.shape
+    grid_height, grid_width = height // patch, width // patch
+    tiles = tiles[:, :, : grid_height * patch, : grid_width * patch]
+    grid = tiles.reshape(num_tiles, num_channels, grid_height, patch, grid_width, patch).permute(0, 2, 4, 1, 3, 5)
+    out = torch.zeros(num_tiles * grid_height * grid_width, columns, dtype=dtype, device=tiles.device)
+    pixels = out[:, : num_channels * patch * patch].unflatten(1, (num_channels, patch * patch))
+    for channel, values in enumerate(table.to(dtype)):
+        levels = grid[:, :, :, channel].reshape(-1).to(torch.int32)
+        pixels[:, channel] = values.index_select(0, levels).view(-1, patch * patch)
+    return out
+
+
+def _cuda(tiles: Tensor, table: Tensor, patch: int, columns: int, dtype: torch.dtype) -> Tensor:
+    out = _fake(tiles, table, patch, columns, dtype)
+    if not out.numel():
+        return out
+    tiles = tiles.contiguous()
+    shape = (*tiles.shape[1:], patch, columns)
+    wide = _wide_variant(dtype, *shape) if tiles.data_ptr() % 16 == 0 else None
+    if wide is None:
+        name, types = f"image_patches_{dtype_name(dtype)}_single", (POINTER,) * 3 + (INT,) * 5 + (LONG,)
+        blocks = min(-(-out.numel() // _THREADS), 16 * num_multiprocessors(out.device.index))
+        kernel("image_patches", name, types, is_dependent=True)(
+            (blocks,), _THREADS, tiles, table, out, *shape, out.numel()
+        )
+        return out
+    launch, threads, pitch = wide
+    launch((len(tiles) * (tiles.shape[2] // patch),), threads, tiles, table, out, *shape, pitch)
+    return out
+
+
+@cache
+def _wide_variant(
+    dtype: torch.dtype, num_channels: int, height: int, width: int, patch: int, columns: int
+) -> tuple[Kernel, int, int] | None:
+    """The kernel of 16-byte accesses, its threads, and how far apart rows lie in shared memory; None: does not fit."""
+    count = 16 // dtype.itemsize
+    packs = columns // count
+    # An odd number of 16-byte units: then the rows of a patch are in different banks.
+    pitch = (width // count | 1) * count
+    num_bytes = dtype.itemsize * (num_channels * _LEVELS * 32 // dtype.itemsize + num_channels * patch * pitch)
+    fits = num_bytes <= _MAX_SHARED_BYTES and packs <= _MAX_THREADS
+    if width % 16 or patch % 2 or columns % count or columns < num_channels * patch * patch or not fits:
+        return None
+    name, types = f"image_patches_{dtype_name(dtype)}_wide", (POINTER,) * 3 + (INT,) * 6
+    threads = max(1, round(_THREADS / packs)) * packs
+    return kernel("image_patches", name, types, shared_bytes=num_bytes, is_dependent=True), threads, pitch
+
+
+def _fake(tiles: Tensor, table: Tensor, patch: int, columns: int, dtype: torch.dtype) -> Tensor:
+    num_tiles, num_channels, height, width = tiles.shape
+    torch._check(tiles.dtype == torch.uint8)
+    torch._check(table.shape[0] == num_channels)
+    torch._check(columns >= num_channels * patch * patch)
+    return tiles.new_empty((num_tiles * (height // patch) * (width // patch), columns), dtype=dtype)
+
+
+IMAGE_PATCHES: Final = define_op(
+    "image_patches(Tensor tiles, Tensor table, int patch, int columns, ScalarType dtype) -> Tensor",
+    cpu=_cpu,
+    fake=_fake,
+    cuda=_cuda,
+)
