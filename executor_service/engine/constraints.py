@@ -1,6 +1,6 @@
 """What a request's parameters say of single tokens: biases, and which tokens may not come next.
 
-Small lists, prepared once per request on the host; their arithmetic is in `logits.py`.
+Small lists, prepared once per request on the host; their arithmetic is in `kernels/logits.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from executor_service.engine.messages import SamplingParams
+
+_NONE = np.empty(0, dtype=np.int64)
 
 
 class TokenConstraints:
@@ -29,16 +31,16 @@ class TokenConstraints:
         """Whether a ban depends on which tokens came before, not on their number alone."""
         return self._bad_words.have_prefixes
 
-    def banned(self, output_token_ids: np.ndarray, eos_token_ids: np.ndarray) -> np.ndarray:
-        """Ids that may not follow the output so far: int64 [N], with repetitions.
+    def banned(self, output_token_ids: np.ndarray) -> np.ndarray:
+        """Ids that would complete a bad word behind the output so far: int64 [N], with repetitions."""
+        return np.concatenate([_NONE, *self._bad_words.completing(output_token_ids)])
 
-        Before `min_tokens` output tokens those are also the stop tokens and end-of-text, whether or not the latter
-        would end the answer.
+    def held_back(self, eos_token_ids: np.ndarray) -> np.ndarray:
+        """Ids banned before `min_tokens` output tokens: int64 [N], with repetitions.
+
+        The stop tokens and end-of-text, whether or not the latter would end the answer.
         """
-        bans = self._bad_words.completing(output_token_ids)
-        if len(output_token_ids) < self._min_tokens:
-            bans += [self._stop_token_ids, eos_token_ids]
-        return np.concatenate([np.empty(0, dtype=np.int64), *bans])
+        return np.concatenate([self._stop_token_ids, eos_token_ids]) if self._min_tokens else _NONE
 
 
 class BadWords:

@@ -1,8 +1,7 @@
-"""From logits to tokens: what each request's parameters make of its row, vectorised over the batch.
+"""From logits to tokens: every request's parameters are on the device, one op draws, and results come back later.
 
-Log probabilities are of the model's own distribution. Then, in this order: logit bias, penalties, bans (bad words,
-end-of-text before `min_tokens`); greedy, or temperature, min-p, top-k, top-p and a draw. The arithmetic is in
-`logits.py`; here is who needs which part of it, so that plain rows pay for nothing they did not ask for.
+What is drawn and in which order is said in `kernels/sample.py`. Nothing here waits for the device but
+`PendingTokens.result`.
 """
 
 from __future__ import annotations
@@ -14,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from executor_service.engine.logits import Filters, Penalties, add_bias, ban, draw, filtered_probabilities, penalize
-from executor_service.engine.logprobs import token_logprobs
 from executor_service.engine.messages import TokenLogprobs
-from executor_service.engine.random_numbers import uniform_numbers
 from executor_service.engine.request import Request
-from executor_service.engine.token_counts import TokenCounts
+from executor_service.engine.sampling_slots import SamplingSlots
+from executor_service.engine.transfers import HostCopy, to_device
+from executor_service.kernels.sample import Sampled, sample
 
 
 @dataclass(frozen=True)
@@ -30,90 +28,73 @@ class SampledTokens:
     logprobs: list[TokenLogprobs | None]
 
 
+class PendingTokens:
+    """Tokens that the device has or will have: `token_ids` int64 [R] are there, `result` brings them to the host.
+
+    `num_logprobs` [R]: how many of the likeliest tokens each row wants to know of; None: no log probabilities.
+    """
+
+    def __init__(self, sampled: Sampled, num_logprobs: Sequence[int | None], vocab_size: int) -> None:
+        self.token_ids: Tensor = sampled.token_ids
+        self._num_logprobs = num_logprobs
+        self._vocab_size = vocab_size
+        asks = any(count is not None for count in num_logprobs)
+        # The last copy is waited for first; by then the others have arrived.
+        self._copies = [HostCopy(part) for part in (sampled if asks else sampled[:1])]
+        self._result: SampledTokens | None = None
+
+    @classmethod
+    def none(cls, device: torch.device) -> PendingTokens:
+        """Of a step without a row."""
+        return cls(Sampled(*(torch.empty(0, dtype=torch.int64, device=device) for _ in Sampled._fields)), (), 0)
+
+    def result(self) -> SampledTokens:
+        """The tokens on the host; waits until they have been drawn."""
+        if self._result is None:
+            token_ids, *scores = (copy.wait() for copy in self._copies)
+            logprobs = self._logprobs(token_ids, *scores) if scores else [None] * len(token_ids)
+            self._result = SampledTokens(token_ids.tolist(), logprobs)
+        return self._result
+
+    def _logprobs(self, token_ids: np.ndarray, logprobs: np.ndarray, top_ids: np.ndarray) -> list[TokenLogprobs | None]:
+        result: list[TokenLogprobs | None] = [None] * len(token_ids)
+        for row, count in enumerate(self._num_logprobs):
+            if count is not None:
+                last = min(count, self._vocab_size)
+                top = zip(top_ids[row, :last].tolist(), logprobs[row, 1 : 1 + last].tolist(), strict=True)
+                result[row] = TokenLogprobs(int(token_ids[row]), float(logprobs[row, 0]), tuple(top))
+        return result
+
+
 class Sampler:
     """Chooses tokens. `eos_token_ids` are what `min_tokens` holds back.
 
-    Its only state is a cache of token counts: call `release` for every request that has ended.
+    It keeps parameters and token counts of up to `max_num_seqs` requests, in tables of fixed size and address: call
+    `release` for every request that has ended.
     """
 
-    def __init__(self, device: torch.device, eos_token_ids: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        max_num_seqs: int,
+        vocab_size: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
         self._device = device
-        self._eos_token_ids = np.array(sorted(eos_token_ids), dtype=np.int64)
-        self._counts = TokenCounts(device)
+        self.slots = SamplingSlots(device, max_num_seqs, vocab_size, eos_token_ids)
 
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> SampledTokens:
-        """Logits [R, vocabulary], of each request's last token -> its next token."""
-        tokens = logits.argmax(dim=-1)
-        changed = [row for row, request in enumerate(requests) if request.changes_logits]
-        adjusted = self._adjust(logits, [requests[row] for row in changed], changed) if changed else None
-        if adjusted is not None:
-            tokens[changed] = adjusted.argmax(dim=-1)
-        rows = [row for row, request in enumerate(requests) if request.sampling.temperature > 0]
-        if rows:
-            tokens[rows] = self._draw(_rows(logits, rows, adjusted, changed), [requests[row] for row in rows])
-        token_ids: list[int] = tokens.tolist()
-        return SampledTokens(token_ids, _logprobs(logits, requests, token_ids))
+    def sample(self, logits: Tensor, requests: Sequence[Request]) -> PendingTokens:
+        """Logits [R, vocabulary], of each request's last token -> its next token, number `num_expected_tokens`.
+
+        The caller then counts the token as in flight or appends it. Work is enqueued on the current stream.
+        """
+        if not requests:
+            return PendingTokens.none(self._device)
+        slots = self.slots.prepare(requests)
+        step = to_device(np.array([slots, [request.num_expected_tokens for request in requests]]), self._device)
+        sampled = sample(logits, step[0], step[1], self.slots.tables)
+        return PendingTokens(sampled, [request.sampling.logprobs for request in requests], logits.shape[-1])
 
     def release(self, request_id: int) -> None:
         """A request has ended."""
-        self._counts.release(request_id)
-
-    def _adjust(self, logits: Tensor, requests: list[Request], rows: list[int]) -> Tensor:
-        """What biases, penalties and bans make of those rows: float64 [len(rows), vocabulary]."""
-        adjusted = logits[rows].to(torch.float64)
-        biases = [request.constraints.bias_token_ids for request in requests]
-        if any(map(len, biases)):
-            values = np.concatenate([request.constraints.bias_values for request in requests])
-            add_bias(adjusted, *self._places(biases), torch.from_numpy(values).to(self._device))
-        self._penalize(adjusted, requests)
-        bans = [request.constraints.banned(request.output_token_ids, self._eos_token_ids) for request in requests]
-        if any(map(len, bans)):
-            ban(adjusted, *self._places(bans))
-        return adjusted
-
-    def _penalize(self, adjusted: Tensor, requests: list[Request]) -> None:
-        rows = [row for row, request in enumerate(requests) if request.sampling.has_penalties]
-        if not rows:
-            return
-        penalized = [requests[row] for row in rows]
-        slots = self._counts.update(penalized, adjusted.shape[-1])
-        adjusted[rows] = penalize(
-            adjusted[rows],
-            self._counts.prompt_seen[slots],
-            self._counts.output_counts[slots],
-            Penalties.of([request.sampling for request in penalized], self._device),
-        )
-
-    def _places(self, token_ids: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-        """Rows and ids, int64 [N], of a list of ids per row."""
-        rows = np.repeat(np.arange(len(token_ids)), [len(ids) for ids in token_ids])
-        return torch.from_numpy(rows).to(self._device), torch.from_numpy(np.concatenate(token_ids)).to(self._device)
-
-    def _draw(self, logits: Tensor, requests: list[Request]) -> Tensor:
-        params = [request.sampling for request in requests]
-        uniforms = uniform_numbers([param.seed for param in params], [request.num_tokens for request in requests])
-        probabilities = filtered_probabilities(logits, Filters.of(params, self._device))
-        return draw(probabilities, torch.from_numpy(uniforms).to(self._device))
-
-
-def _rows(logits: Tensor, rows: list[int], adjusted: Tensor | None, changed: list[int]) -> Tensor:
-    """Those rows of the logits, adjusted where `changed` has them; float64 in that case."""
-    if adjusted is None:
-        return logits[rows]
-    place_of = {row: place for place, row in enumerate(changed)}
-    here = [place for place, row in enumerate(rows) if row in place_of]
-    chosen = logits[rows].to(torch.float64)
-    chosen[here] = adjusted[[place_of[rows[place]] for place in here]]
-    return chosen
-
-
-def _logprobs(logits: Tensor, requests: Sequence[Request], token_ids: list[int]) -> list[TokenLogprobs | None]:
-    """For the rows that ask."""
-    result: list[TokenLogprobs | None] = [None] * len(requests)
-    rows = [row for row, request in enumerate(requests) if request.sampling.logprobs is not None]
-    if rows:
-        counts = [requests[row].sampling.logprobs or 0 for row in rows]
-        entries = token_logprobs(logits[rows], [token_ids[row] for row in rows], counts)
-        for row, entry in zip(rows, entries, strict=True):
-            result[row] = entry
-    return result
+        self.slots.release(request_id)

@@ -17,11 +17,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from executor_service.engine.logits import Filters, Penalties, add_bias, ban, draw, filtered_probabilities, penalize
 from executor_service.engine.messages import SamplingParams
+from executor_service.kernels.logits import Filters, Penalties, add_bias, ban, draw, filtered_probabilities, penalize
 
 VOCABULARY = 50
-CPU = torch.device("cpu")
 ids = st.integers(0, VOCABULARY - 1)
 seeds = st.integers(0, 2**32 - 1)
 
@@ -35,7 +34,13 @@ def params(**values) -> SamplingParams:
 
 
 def probabilities(rows: torch.Tensor, configs: list[SamplingParams]) -> torch.Tensor:
-    return filtered_probabilities(rows, Filters.of(configs, CPU))
+    top_k = torch.tensor([config.top_k for config in configs])
+    table = torch.tensor([(p.temperature, p.min_p, p.top_p) for p in configs], dtype=torch.float64)
+    return filtered_probabilities(rows, Filters(*table.unbind(-1), top_k=top_k))
+
+
+def penalties(repetition: float, presence: float, frequency: float, rows: int = 1) -> Penalties:
+    return Penalties(*torch.tensor([[repetition, presence, frequency]] * rows, dtype=torch.float64).unbind(-1))
 
 
 def counted(prompts: list[list[int]], outputs: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,8 +59,7 @@ def counted(prompts: list[list[int]], outputs: list[list[int]]) -> tuple[torch.T
 def test_repetition_equals_transformers(prompts: list[list[int]], output: list[int], penalty: float, seed: int) -> None:
     rows = logits(len(prompts), seed)
     seen, counts = counted(prompts, [output] * len(prompts))
-    config = [params(repetition_penalty=penalty)] * len(prompts)
-    got = penalize(rows, seen, counts, Penalties.of(config, CPU))
+    got = penalize(rows, seen, counts, penalties(penalty, 0.0, 0.0, len(prompts)))
     for row, prompt in enumerate(prompts):
         expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([prompt + output]), rows[row : row + 1])
         torch.testing.assert_close(got[row : row + 1], expected, atol=0, rtol=1e-15)
@@ -82,8 +86,7 @@ def test_penalties_equal_a_loop_over_tokens(
         expected[token] -= frequency
     for token in set(output):
         expected[token] -= presence
-    config = params(repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency)
-    got = penalize(rows, *counted([prompt], [output]), Penalties.of([config], CPU))
+    got = penalize(rows, *counted([prompt], [output]), penalties(repetition, presence, frequency))
     np.testing.assert_allclose(got[0].numpy(), expected, atol=1e-12)
 
 

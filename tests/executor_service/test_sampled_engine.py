@@ -177,7 +177,7 @@ def test_a_number_used_again_has_nothing_of_the_old_request(bench: Bench) -> Non
     bench.engine.abort([1])
     bench.run([])
     assert bench.run([make(bench, 1, **EVERYTHING)]) == first
-    assert not bench.engine.runner.sampler._counts._slots
+    assert not len(bench.engine.runner.sampler.slots)
 
 
 # --- log probabilities of the prompt ------------------------------------------------------------------

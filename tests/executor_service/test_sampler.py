@@ -19,11 +19,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from executor_service.engine.logits import Filters, filtered_probabilities
 from executor_service.engine.messages import SamplingParams
-from executor_service.engine.random_numbers import philox, uniform_numbers
 from executor_service.engine.request import Request
 from executor_service.engine.sampler import SampledTokens, Sampler
+from executor_service.kernels import sample as sample_op
+from executor_service.kernels.logits import Filters, filtered_probabilities
+from executor_service.kernels.random_numbers import philox, uniform_numbers
 
 VOCABULARY = 50
 EOS = 2
@@ -48,7 +49,7 @@ def request(number: int, config: SamplingParams, prompt: list[int], output: list
 def sample(rows: torch.Tensor, configs: list[SamplingParams], positions: list[int]) -> SampledTokens:
     """Prompts of as many tokens as the positions say."""
     requests = [request(n, c, [0] * p) for n, (c, p) in enumerate(zip(configs, positions, strict=True))]
-    return Sampler(CPU).sample(rows, requests)
+    return Sampler(CPU, len(rows), VOCABULARY).sample(rows, requests).result()
 
 
 def test_philox_equals_the_published_vectors() -> None:
@@ -108,11 +109,14 @@ def test_all_constraints_equal_transformers(seed: int) -> None:
         request(2, params(temperature=1.0), [1]),
         request(3, params(temperature=0.0, **ALL), PROMPT, OUTPUT),
     ]
-    sampler = Sampler(CPU, frozenset({EOS}))
-    adjusted = sampler._adjust(rows, [batch[1], batch[3]], [1, 3])
-    for place, row in enumerate((1, 3)):
-        torch.testing.assert_close(adjusted[place : place + 1], reference(rows[row]), atol=1e-6, rtol=1e-6)
-    tokens = sampler.sample(rows, batch).token_ids
+    sampler = Sampler(CPU, 4, VOCABULARY, frozenset({EOS}))
+    slots = torch.tensor(sampler.slots.prepare(batch))
+    numbers = torch.tensor([one.num_tokens for one in batch])
+    adjusted = sample_op.adjust(rows, slots, numbers, sampler.slots.tables)
+    for row in (1, 3):
+        torch.testing.assert_close(adjusted[row : row + 1], reference(rows[row]), atol=1e-6, rtol=1e-6)
+    assert torch.equal(adjusted[[0, 2]], rows[[0, 2]].double())
+    tokens = sampler.sample(rows, batch).result().token_ids
     assert tokens[0] == rows[0].argmax()
     assert [tokens[1], tokens[3]] == [int(reference(rows[row]).argmax()) for row in (1, 3)]
 
@@ -125,11 +129,12 @@ def test_samples_follow_the_distribution() -> None:
         TemperatureLogitsWarper(1.6), MinPLogitsWarper(0.02), TopKLogitsWarper(20), TopPLogitsWarper(0.97)
     ])  # fmt: skip
     expected = warpers(None, reference(row[0])).softmax(-1)[0].numpy() * draws
-    sampler = Sampler(CPU, frozenset({EOS}))
+    sampler = Sampler(CPU, 1000, VOCABULARY, frozenset({EOS}))
     counts = np.zeros(VOCABULARY)
     for first in range(0, draws, 1000):
         batch = [request(n, params(seed=first + n, **filters, **ALL), PROMPT, OUTPUT) for n in range(1000)]
-        counts += np.bincount(sampler.sample(row.expand(1000, -1), batch).token_ids, minlength=VOCABULARY)
+        tokens = sampler.sample(row.expand(1000, -1), batch).result().token_ids
+        counts += np.bincount(tokens, minlength=VOCABULARY)
         for one in batch:
             sampler.release(one.request_id)
     check_chi_square(counts, expected)
@@ -138,7 +143,8 @@ def test_samples_follow_the_distribution() -> None:
 def test_successive_positions_follow_the_distribution() -> None:
     row, draws = logits(1, seed=5), 10_000
     config = params(temperature=1.3, top_k=12, top_p=0.95, seed=11)
-    expected = filtered_probabilities(row, Filters.of([config], CPU))[0].numpy() * draws
+    values = torch.tensor([[1.3], [0.0], [0.95]], dtype=torch.float64)
+    expected = filtered_probabilities(row, Filters(*values, top_k=torch.tensor([12])))[0].numpy() * draws
     tokens = sample(row.expand(draws, -1), [config] * draws, [position % 16_000 + 1 for position in range(draws)])
     check_chi_square(np.bincount(tokens.token_ids, minlength=VOCABULARY), expected)
 
@@ -166,26 +172,80 @@ def test_tokens_do_not_depend_on_the_batch(data: st.DataObject) -> None:
     configs = [params(seed=data.draw(st.integers(0, 2**64 - 1)), **kind) for kind in kinds]
     rows = logits(len(configs), data.draw(st.integers(0, 1000)))
     batch = [request(number, config, PROMPT[: 1 + number % 6], OUTPUT) for number, config in enumerate(configs)]
-    alone = [Sampler(CPU).sample(rows[n : n + 1], [one]).token_ids[0] for n, one in enumerate(batch)]
+    alone = [draw_alone(rows[n : n + 1], one) for n, one in enumerate(batch)]
     order = data.draw(st.permutations(range(len(batch))))[: data.draw(st.integers(1, len(batch)))]
-    together = Sampler(CPU).sample(rows[order], [batch[n] for n in order]).token_ids
-    assert together == [alone[n] for n in order]
+    together = Sampler(CPU, len(order), VOCABULARY).sample(rows[order], [batch[n] for n in order]).result()
+    assert together.token_ids == [alone[n] for n in order]
+
+
+def draw_alone(row: torch.Tensor, one: Request) -> int:
+    return Sampler(CPU, 1, VOCABULARY).sample(row, [one]).result().token_ids[0]
 
 
 def test_plain_rows_are_not_looked_at(monkeypatch) -> None:
     """Requests without constraints pay for none, not even where neighbours have them."""
-    sampler = Sampler(CPU)
+    sampler = Sampler(CPU, 6, VOCABULARY)
     seen = []
-    adjust = sampler._adjust
-    monkeypatch.setattr(sampler, "_adjust", lambda rows, requests, places: seen.append(places) or adjust(
-        rows, requests, places))  # fmt: skip
+    adjust = sample_op.adjust
+    monkeypatch.setattr(sample_op, "adjust", lambda rows, *others: seen.append(len(rows)) or adjust(rows, *others))
     plain = [request(n, params(temperature=float(n % 2), top_p=0.9), PROMPT, OUTPUT) for n in range(4)]
     sampler.sample(logits(4), plain)
     neutral = request(4, params(repetition_penalty=1.0, presence_penalty=0.0, min_tokens=5), PROMPT, OUTPUT)
     sampler.sample(logits(5), [*plain, neutral])
     assert seen == []
     sampler.sample(logits(6), [*plain, neutral, request(5, params(frequency_penalty=0.1), PROMPT)])
-    assert seen == [[5]]
+    assert seen == [1]
+
+
+# --- tokens that only the device knows ------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_tokens_in_flight_count(seed: int) -> None:
+    """Step after step without telling the host equals a host that appends every token at once."""
+    kinds = [
+        {"presence_penalty": 2.0, "repetition_penalty": 1.5}, {"frequency_penalty": 1.0, "min_tokens": 7}, {},
+        {"temperature": 0.0, "frequency_penalty": 2.0, "stop_token_ids": frozenset({17}), "min_tokens": 9},
+    ]  # fmt: skip
+    told, untold = ([request(n, params(seed=n, **kind), PROMPT, OUTPUT) for n, kind in enumerate(kinds)] for _ in "ab")
+    samplers = [Sampler(CPU, 4, VOCABULARY, frozenset({EOS})) for _ in "ab"]
+    for step in range(6):
+        rows = logits(4, seed + step)
+        expected = samplers[0].sample(rows, told).result().token_ids
+        pending = samplers[1].sample(rows, untold)
+        assert pending.token_ids.tolist() == expected
+        for token, one, other in zip(expected, told, untold, strict=True):
+            one.append(token, frozenset())
+            other.num_inflight_tokens += 1
+
+
+def test_a_request_that_lost_its_slot_is_counted_again() -> None:
+    config = params(temperature=0.0, presence_penalty=100.0)
+    row = logits(1)
+    sampler = Sampler(CPU, 1, VOCABULARY)
+    first, second = request(1, config, PROMPT), request(2, config, PROMPT)
+    tokens = []
+    for _ in range(4):
+        tokens.append(sampler.sample(row, [first]).result().token_ids[0])
+        first.append(tokens[-1], frozenset())
+        sampler.sample(row, [second])
+    assert tokens == row[0].topk(4).indices.tolist(), "each token is chosen once"
+    assert len(sampler.slots) == 1
+
+
+def test_a_row_that_is_nobodys_is_skipped() -> None:
+    sampler = Sampler(CPU, 2, VOCABULARY)
+    one = request(1, params(temperature=0.0, presence_penalty=1.0), PROMPT, OUTPUT)
+    (slot,) = sampler.slots.prepare([one])
+    before = sampler.slots.tables.output_counts.clone()
+    rows = logits(3)
+    sampled = sample_op.sample(rows, torch.tensor([-1, -1, -1]), torch.tensor([5, 0, 7]), sampler.slots.tables)
+    assert sampled.token_ids.tolist() == [0, 0, 0]
+    assert torch.equal(before, sampler.slots.tables.output_counts)
+    sampled = sample_op.sample(rows, torch.tensor([-1, slot, -1]), torch.tensor([5, 11, 7]), sampler.slots.tables)
+    assert sampled.token_ids[[0, 2]].tolist() == [0, 0]
+    assert (before != sampler.slots.tables.output_counts).sum() == 1
 
 
 # --- log probabilities --------------------------------------------------------------------------------
@@ -196,7 +256,7 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
     rows = logits(3)
     configs = [params(temperature=0.0, logprobs=3), params(), params(temperature=2.0, top_k=2, logprobs=5, **ALL)]
     batch = [request(n, config, PROMPT, OUTPUT) for n, config in enumerate(configs)]
-    result = Sampler(CPU).sample(rows, batch)
+    result = Sampler(CPU, 3, VOCABULARY).sample(rows, batch).result()
     assert result.logprobs[1] is None
     for row, count in ((0, 3), (2, 5)):
         entry, expected = result.logprobs[row], rows[row].double().log_softmax(-1)

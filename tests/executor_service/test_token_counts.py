@@ -3,66 +3,105 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executor_service.engine.messages import SamplingParams
 from executor_service.engine.request import Request
+from executor_service.engine.sampler import Sampler
 from executor_service.engine.token_counts import TokenCounts
 
 VOCABULARY = 20
-PARAMS = SamplingParams(max_tokens=50, ignore_eos=True, repetition_penalty=1.5)
+NUM_SLOTS = 4
+CPU = torch.device("cpu")
+PARAMS = SamplingParams(max_tokens=500, ignore_eos=True, repetition_penalty=1.5)
 
 
-def check(counts: TokenCounts, requests: list[Request]) -> None:
-    slots = counts.update(requests, VOCABULARY).tolist()
-    assert len(set(slots)) == len(slots)
-    for slot, request in zip(slots, requests, strict=True):
-        prompt = request.token_ids[: request.num_prompt_tokens]
-        seen = np.bincount(prompt[prompt < VOCABULARY], minlength=VOCABULARY) > 0
-        assert counts.prompt_seen[slot].tolist() == seen.tolist()
-        expected = np.bincount(request.output_token_ids, minlength=VOCABULARY)
-        assert counts.output_counts[slot].tolist() == expected.tolist()
+def check(sampler: Sampler, request: Request) -> None:
+    """The row of a request that is looked at says what its tokens are."""
+    slots, counts = sampler.slots, sampler.slots.counts
+    index = slots._slots[request.request_id].index
+    prompt = request.token_ids[: request.num_prompt_tokens]
+    seen = np.unpackbits(counts.prompt_seen[index].numpy(), bitorder="little")
+    assert set(np.flatnonzero(seen)) == {token for token in prompt if token < VOCABULARY}
+    expected = np.bincount(request.output_token_ids, minlength=counts.output_counts.shape[-1])
+    assert counts.output_counts[index].tolist() == expected.tolist()
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_any_history(data: st.DataObject) -> None:
-    """Requests come, get tokens, are looked at in batches of all sizes, are preempted, leave; numbers come again."""
-    counts = TokenCounts(torch.device("cpu"))
+    """Requests come, get tokens in batches of all sizes, are told of them late, are preempted, leave, come again."""
+    sampler = Sampler(CPU, NUM_SLOTS, VOCABULARY)
     live: dict[int, Request] = {}
-    for _ in range(data.draw(st.integers(1, 25))):
-        number = data.draw(st.integers(0, 5))
-        action = data.draw(st.sampled_from(["token", "token", "look", "look", "preempt", "leave"]))
+    for step in range(data.draw(st.integers(1, 25))):
+        number = data.draw(st.integers(0, 7))
+        action = data.draw(st.sampled_from(["draw", "draw", "draw", "preempt", "leave"]))
         if number not in live:
             # Placeholders of some families are beyond the vocabulary.
             prompt = data.draw(st.lists(st.integers(0, VOCABULARY + 3), min_size=1, max_size=10))
-            live[number] = Request(number, prompt, [], PARAMS, 100)
-        if action == "token":
-            for token in data.draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=3)):
-                live[number].append(token, frozenset())
-        elif action == "look":
-            batch = data.draw(st.sets(st.sampled_from(sorted(live)), min_size=1))
-            check(counts, [live[other] for other in batch])
+            output = data.draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=5))
+            live[number] = Request(number, prompt, [], PARAMS, 1000, output_token_ids=output)
+        if action == "draw":
+            numbers = data.draw(st.sets(st.sampled_from(sorted(live)), min_size=1, max_size=NUM_SLOTS))
+            draw(sampler, [live[other] for other in numbers], step, data.draw(st.integers(1, 3)))
         elif action == "preempt":
             live[number].reset_progress()
         else:
-            counts.release(number)
+            sampler.release(number)
             del live[number]
-    check(counts, list(live.values()))
+        assert len(sampler.slots) <= NUM_SLOTS
 
 
-def test_only_new_tokens_are_counted_and_slots_are_kept() -> None:
-    counts = TokenCounts(torch.device("cpu"))
-    requests = [Request(number, [number], [], PARAMS, 100) for number in range(3)]
-    slots = counts.update(requests, VOCABULARY).tolist()
+def draw(sampler: Sampler, batch: list[Request], seed: int, num_steps: int) -> None:
+    """Some tokens for each, which the host learns of only at the end."""
+    pending = []
+    for _ in range(num_steps):
+        rows = torch.randn(len(batch), VOCABULARY, generator=torch.Generator().manual_seed(seed))
+        pending.append(sampler.sample(rows, batch))
+        for request in batch:
+            request.num_inflight_tokens += 1
+    for step in pending:
+        for request, token in zip(batch, step.result().token_ids, strict=True):
+            request.append(token, frozenset())
+            request.num_inflight_tokens = 0
+    for request in batch:
+        check(sampler, request)
+
+
+def test_only_new_tokens_are_counted() -> None:
+    sampler = Sampler(CPU, 2, VOCABULARY)
+    request = Request(1, [3], [], PARAMS, 100)
+    draw(sampler, [request], 0, 1)
+    counts = sampler.slots.counts
     # A wrong count that stays shows that nothing is counted twice.
-    counts.output_counts[slots[0], 5] = 40
-    requests[0].append(5, frozenset())
-    assert counts.update(requests, VOCABULARY).tolist() == slots
-    assert counts.output_counts[slots[0], 5] == 41
-    assert len(counts.prompt_seen) == 3
-    check(counts, [Request(9, [1, 1, 2], [], PARAMS, 100)])
-    assert len(counts.prompt_seen) == 3, "the least recently used slot was given away"
-    check(counts, requests[:2])
+    counts.output_counts[sampler.slots._slots[1].index, VOCABULARY] = 40
+    sampler.sample(torch.zeros(1, VOCABULARY), [request])
+    assert counts.output_counts[sampler.slots._slots[1].index, VOCABULARY] == 40
+
+
+def test_a_token_that_was_drawn_in_vain_is_forgotten() -> None:
+    """A step that failed after its draw is repeated: the table follows the request, not the op."""
+    sampler = Sampler(CPU, 2, VOCABULARY)
+    request = Request(1, [3], [], PARAMS, 100)
+    sampler.sample(torch.zeros(1, VOCABULARY), [request])
+    draw(sampler, [request], 0, 2)
+
+
+def test_tokens_in_flight_cannot_be_counted() -> None:
+    counts = TokenCounts(CPU, 1, VOCABULARY)
+    request = Request(1, [3], [], PARAMS, 100)
+    request.num_inflight_tokens = 1
+    with pytest.raises(RuntimeError, match="in flight"):
+        counts.begin(0, request)
+
+
+def test_counts_end_at_their_type() -> None:
+    counts = TokenCounts(CPU, 1, VOCABULARY)
+    request = Request(1, [3], [], PARAMS, 100_000, output_token_ids=[5] * 100)
+    request.token_ids = np.concatenate([[3], np.full(40_000, 5)])
+    request.num_tokens = 40_001
+    counts.begin(0, request)
+    assert counts.output_counts[0, 5] == 32_767

@@ -1,20 +1,17 @@
 """The arithmetic of sampling as functions of tensors: penalties, biases, bans, filters, the draw.
 
 Rows are requests, columns the vocabulary. Everything is float64: conversion from the model's dtype is exact, so
-what these functions decide depends on the row alone. They are the reference for any faster implementation.
+what these functions decide depends on the row alone. They are the reference of the op in `sample.py`.
 
-The order, as in `sampler.py`: logit bias, penalties, bans; temperature, min-p, top-k, top-p; the draw.
+The order there: logit bias, penalties, bans; temperature, min-p, top-k, top-p; the draw.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from executor_service.engine.messages import SamplingParams
 
 NEVER = float("-inf")
 
@@ -27,41 +24,18 @@ class Penalties:
     presence: Tensor
     frequency: Tensor
 
-    @classmethod
-    def of(cls, params: Sequence[SamplingParams], device: torch.device) -> Penalties:
-        """The rows' values, on the device."""
-        table = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params]
-        return cls(*torch.tensor(table, dtype=torch.float64, device=device).unbind(-1))
-
 
 @dataclass(frozen=True)
 class Filters:
     """One value per row: float64 [R], `top_k` int64 [R].
 
-    Neutral are 1 for temperature and `top_p`, 0 for `min_p` and `top_k`. `ranked` are the rows in which top-k or
-    top-p leave anything out, known on the host: only these are sorted.
+    Neutral are 1 for temperature and `top_p`, 0 for `min_p` and `top_k`.
     """
 
     temperature: Tensor
     min_p: Tensor
     top_p: Tensor
     top_k: Tensor
-    ranked: tuple[int, ...]
-    has_min_p: bool
-
-    @classmethod
-    def of(cls, params: Sequence[SamplingParams], device: torch.device) -> Filters:
-        """The rows' values, on the device."""
-        table = torch.tensor([(p.temperature, p.min_p, p.top_p) for p in params], dtype=torch.float64, device=device)
-        temperature, min_p, top_p = table.unbind(-1)
-        return cls(
-            temperature,
-            min_p,
-            top_p,
-            top_k=torch.tensor([p.top_k for p in params], dtype=torch.int64, device=device),
-            ranked=tuple(row for row, p in enumerate(params) if p.top_k or p.top_p < 1),
-            has_min_p=any(p.min_p for p in params),
-        )
 
 
 def add_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) -> None:
@@ -95,11 +69,11 @@ def penalize(logits: Tensor, prompt_seen: Tensor, output_counts: Tensor, penalti
 def filtered_probabilities(logits: Tensor, filters: Filters) -> Tensor:
     """The distribution each row is drawn from, float64 [R, vocabulary]: temperature, min-p, top-k, top-p."""
     scaled = logits.to(torch.float64) / filters.temperature[:, None]
-    if filters.has_min_p:
+    if filters.min_p.any():
         relative = (scaled - scaled.amax(dim=-1, keepdim=True)).exp_()
         scaled.masked_fill_(relative < filters.min_p[:, None], NEVER)
-    if filters.ranked:
-        rows = torch.tensor(filters.ranked, device=logits.device)
+    rows = ((filters.top_k > 0) | (filters.top_p < 1)).nonzero().squeeze(-1)
+    if len(rows):
         scaled[rows] = _keep_best(scaled[rows], filters.top_k[rows], filters.top_p[rows])
     return scaled.softmax(dim=-1)
 

@@ -1,0 +1,200 @@
+"""Sampling as one op: what each request's parameters make of its row of logits, and the next token drawn from it.
+
+Parameters and token counts are in tables with one row per request, a slot; a step names the slot of each of its rows
+and the number of the token that it draws. So everything that changes from step to step is two small tensors.
+
+Log probabilities are of the model's own distribution. Then, in this order: logit bias, penalties, bans; greedy, or
+temperature, min-p, top-k, top-p and a draw by inverse transform in token order. The number drawn with depends on seed
+and token number alone (`random_numbers.py`).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from executor_service.kernels.library import define_op
+from executor_service.kernels.logits import Filters, Penalties, add_bias, ban, draw, filtered_probabilities, penalize
+from executor_service.kernels.random_numbers import uniform_numbers
+
+MAX_LOGPROBS: Final = 20
+"""Likeliest tokens whose log probabilities a row may ask for."""
+MAX_OUTPUT_COUNT: Final = 2**15 - 1
+"""A token that has been in the output more often counts as if it had been there so often."""
+
+
+class Real(IntEnum):
+    """Columns of `SamplingTables.reals`."""
+
+    TEMPERATURE = 0
+    MIN_P = 1
+    TOP_P = 2
+    REPETITION = 3
+    PRESENCE = 4
+    FREQUENCY = 5
+
+
+class Integer(IntEnum):
+    """Columns of `SamplingTables.integers`.
+
+    `SEED` is unsigned, in two's complement; `NUM_LOGPROBS` -1 asks for none. The first `NUM_BANS` of `ban_ids` are
+    always banned, the next `NUM_HELD_BACK` for tokens whose number is less than `HELD_BACK_UNTIL`.
+    """
+
+    SEED = 0
+    TOP_K = 1
+    NUM_LOGPROBS = 2
+    HAS_PENALTIES = 3
+    NUM_BIASES = 4
+    NUM_BANS = 5
+    NUM_HELD_BACK = 6
+    HELD_BACK_UNTIL = 7
+
+
+class SamplingTables(NamedTuple):
+    """One row per slot, all on the device of the logits.
+
+    `reals` float64 [S, len(Real)], `integers` int64 [S, len(Integer)]; `bias_ids` int32 and `bias_values` float64, both
+    [S, max biases], each id of a row once; `ban_ids` int32 [S, max bans]; `prompt_seen` uint8 [S, words of 8 bits]: bit
+    i % 8 of byte i // 8 says whether token i is in the prompt; `output_counts` int16 [S, at least the vocabulary]: how
+    often each token is in the output. The op itself adds the tokens that it draws.
+    """
+
+    reals: Tensor
+    integers: Tensor
+    bias_ids: Tensor
+    bias_values: Tensor
+    ban_ids: Tensor
+    prompt_seen: Tensor
+    output_counts: Tensor
+
+
+class Sampled(NamedTuple):
+    """`token_ids` int64 [R]; `logprobs` float64 [R, 1 + MAX_LOGPROBS], the drawn token's and then those of `top_ids`.
+
+    `top_ids` int32 [R, MAX_LOGPROBS] are the likeliest tokens, in order. A row that asks for no or fewer log
+    probabilities leaves the rest undefined. A row without a slot has token 0.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+    top_ids: Tensor
+
+
+def sample(logits: Tensor, slots: Tensor, numbers: Tensor, tables: SamplingTables) -> Sampled:
+    """Logits [R, vocabulary] -> each row's next token.
+
+    `slots` int64 [R], each at most once, -1 for a row that is nobody's; `numbers` int64 [R]: each drawn token's number
+    in its request, prompt included.
+    """
+    return Sampled(*SAMPLE(logits, slots, numbers, *tables))
+
+
+# --- the reference ------------------------------------------------------------------------------------
+
+
+def _cpu(logits: Tensor, slots: Tensor, numbers: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    tables = SamplingTables(*arguments)
+    result = Sampled(*_fake(logits, slots, numbers, *arguments))
+    result.token_ids.zero_()
+    rows = (slots >= 0).nonzero().squeeze(-1)
+    if len(rows):
+        _sample_rows(logits, rows, slots[rows], numbers[rows], tables, result)
+    return result
+
+
+def _sample_rows(
+    logits: Tensor, rows: Tensor, slots: Tensor, numbers: Tensor, tables: SamplingTables, result: Sampled
+) -> None:
+    """Fill those rows of the result, in float64; rows that ask for nothing pay for nothing."""
+    integers, reals = tables.integers[slots], tables.reals[slots]
+    tokens = logits[rows].argmax(dim=-1)
+    held_back = (numbers < integers[:, Integer.HELD_BACK_UNTIL]) & (integers[:, Integer.NUM_HELD_BACK] > 0)
+    causes = integers[:, [Integer.HAS_PENALTIES, Integer.NUM_BIASES, Integer.NUM_BANS]]
+    changed = (causes.any(dim=-1) | held_back).nonzero().squeeze(-1)
+    adjusted: dict[int, Tensor] = {}
+    if len(changed):
+        values = adjust(logits[rows[changed]], slots[changed], numbers[changed], tables)
+        tokens[changed] = values.argmax(dim=-1)
+        adjusted = dict(zip(changed.tolist(), values, strict=True))
+    drawn = (reals[:, Real.TEMPERATURE] > 0).nonzero().squeeze(-1)
+    if len(drawn):
+        values = torch.stack([adjusted.get(row, logits[rows[row]]).to(torch.float64) for row in drawn.tolist()])
+        tokens[drawn] = _draw(values, integers[drawn], reals[drawn], numbers[drawn])
+    penalized = integers[:, Integer.HAS_PENALTIES] > 0
+    places = slots[penalized], tokens[penalized]
+    tables.output_counts[places] = (tables.output_counts[places] + 1).clamp(min=0, max=MAX_OUTPUT_COUNT)
+    result.token_ids[rows] = tokens
+    asking = (integers[:, Integer.NUM_LOGPROBS] >= 0).nonzero().squeeze(-1)
+    if len(asking):
+        _score(logits, rows[asking], tokens[asking], result)
+
+
+def adjust(logits: Tensor, slots: Tensor, numbers: Tensor, tables: SamplingTables) -> Tensor:
+    """What biases, penalties and bans make of rows [R, vocabulary]: float64 [R, vocabulary], new."""
+    adjusted = logits.to(torch.float64, copy=True)
+    integers = tables.integers[slots]
+    rows, columns = _places(integers[:, Integer.NUM_BIASES])
+    ids = tables.bias_ids[slots[rows], columns].to(torch.int64)
+    add_bias(adjusted, rows, ids, tables.bias_values[slots[rows], columns])
+    penalized = integers[:, Integer.HAS_PENALTIES].nonzero().squeeze(-1)
+    if len(penalized):
+        places, vocabulary = slots[penalized], logits.shape[-1]
+        penalties = Penalties(*tables.reals[places][:, [Real.REPETITION, Real.PRESENCE, Real.FREQUENCY]].unbind(-1))
+        seen = _unpacked(tables.prompt_seen[places], vocabulary)
+        counts = tables.output_counts[places, :vocabulary]
+        adjusted[penalized] = penalize(adjusted[penalized], seen, counts, penalties)
+    held_back = torch.where(numbers < integers[:, Integer.HELD_BACK_UNTIL], integers[:, Integer.NUM_HELD_BACK], 0)
+    rows, columns = _places(integers[:, Integer.NUM_BANS] + held_back)
+    ban(adjusted, rows, tables.ban_ids[slots[rows], columns].to(torch.int64))
+    return adjusted
+
+
+def _draw(logits: Tensor, integers: Tensor, reals: Tensor, numbers: Tensor) -> Tensor:
+    filters = Filters(
+        reals[:, Real.TEMPERATURE], reals[:, Real.MIN_P], reals[:, Real.TOP_P], integers[:, Integer.TOP_K]
+    )
+    seeds = integers[:, Integer.SEED].numpy().view("uint64")
+    uniforms = torch.from_numpy(uniform_numbers(seeds, numbers.numpy()))
+    return draw(filtered_probabilities(logits, filters), uniforms)
+
+
+def _score(logits: Tensor, rows: Tensor, tokens: Tensor, result: Sampled) -> None:
+    logprobs = logits[rows].to(torch.float64).log_softmax(dim=-1)
+    values, ids = logprobs.topk(min(MAX_LOGPROBS, logits.shape[-1]), dim=-1)
+    result.logprobs[rows, 0] = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+    result.logprobs[rows, 1 : 1 + values.shape[-1]] = values
+    result.top_ids[rows, : ids.shape[-1]] = ids.to(torch.int32)
+
+
+def _places(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the first `lengths` [R] entries of each row."""
+    rows = torch.repeat_interleave(lengths)
+    starts = lengths.cumsum(0) - lengths
+    return rows, torch.arange(len(rows)) - starts[rows]
+
+
+def _unpacked(packed: Tensor, vocabulary: int) -> Tensor:
+    """Bits of bytes, the lowest first: bool [R, vocabulary]."""
+    bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8)
+    return (bits & 1).to(torch.bool).flatten(1)[:, :vocabulary]
+
+
+def _fake(logits: Tensor, slots: Tensor, numbers: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows = logits.shape[0]
+    return (
+        logits.new_empty(num_rows, dtype=torch.int64),
+        logits.new_empty((num_rows, 1 + MAX_LOGPROBS), dtype=torch.float64),
+        logits.new_empty((num_rows, MAX_LOGPROBS), dtype=torch.int32),
+    )
+
+
+SAMPLE: Final = define_op(
+    "sample(Tensor logits, Tensor slots, Tensor numbers, Tensor reals, Tensor integers, Tensor bias_ids, "
+    "Tensor bias_values, Tensor ban_ids, Tensor prompt_seen, Tensor(a!) output_counts) -> (Tensor, Tensor, Tensor)",
+    cpu=_cpu,
+    fake=_fake,
+)
