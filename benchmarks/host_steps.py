@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from executor_service.engine.block_manager import BlockManager
 from executor_service.engine.core import Engine
 from executor_service.engine.encoder_cache import EncoderCache
+from executor_service.engine.limits import EngineLimits
 from executor_service.engine.messages import SamplingParams
 from executor_service.engine.model_runner import ModelRunner
 from executor_service.engine.request import EngineItem, Request
@@ -87,10 +88,12 @@ class Stopwatch:
 def make_engine(num_requests: int, num_steps: int) -> Engine:
     """An engine with as many running requests, each with a picture in its prompt, all of them decoding."""
     length = PROMPT_TOKENS + num_steps + WARM_UP + 2
-    runner = ModelRunner(FreeModel(num_requests), torch.device("cpu"), torch.float32, BLOCK_SIZE)
+    budget = 2 * num_requests * PROMPT_TOKENS
+    limits = EngineLimits(budget, num_requests, num_requests * PICTURE_TOKENS, length + PROMPT_TOKENS, BLOCK_SIZE)
+    runner = ModelRunner(FreeModel(num_requests), torch.device("cpu"), torch.float32, limits)
     blocks = BlockManager(num_requests * (length // BLOCK_SIZE + 4), BLOCK_SIZE)
     cache = EncoderCache(num_requests * PICTURE_TOKENS)
-    scheduler = Scheduler(blocks, cache, num_requests, 2 * num_requests * PROMPT_TOKENS, num_requests * PICTURE_TOKENS)
+    scheduler = Scheduler(blocks, cache, num_requests, budget, num_requests * PICTURE_TOKENS)
     engine = Engine(scheduler, runner, frozenset())
     for number in range(num_requests):
         engine.add(make_request(number, length))

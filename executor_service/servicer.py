@@ -74,11 +74,11 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
             await asyncio.sleep(interval)
 
     def _limits(self) -> executor_pb2.Limits:
-        booted, config, media = self._front.booted, self._front.config, self._front.family.ctx.limits
+        booted, media = self._front.booted, self._front.family.ctx.limits
         return executor_pb2.Limits(
             max_model_len=booted.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=booted.max_num_seqs,
+            max_num_batched_tokens=booted.max_num_batched_tokens,
             max_items_per_prompt={name: media.max_items(name) for name in self._front.family.modalities},
             max_tokens_per_item=booted.max_tokens_per_item,
             vocab_size=booted.vocab_size,

@@ -28,14 +28,22 @@ class ExecutorSettings(ServiceSettings):
         "stock: transformers'; auto: fused where possible",
     )  # fmt: skip
     max_model_len: int | None = Field(None, ge=2, description="prompt and output tokens of one request; model's own")
-    max_num_seqs: int = Field(64, ge=1, le=4096, description="requests in one batch")
-    max_num_batched_tokens: int = Field(2048, ge=1, description="tokens in one engine step")
+    max_num_seqs: int | None = Field(
+        None, ge=1, le=4096, description="requests in one batch; 64 on CPU, 256 on a GPU if not given"
+    )
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, description="tokens in one engine step; 2048 on CPU, 8192 on a GPU if not given"
+    )
     block_size: int = Field(16, ge=1, le=256, description="tokens in one KV cache block")
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="share of the GPU's memory the executor may use in all"
     )
     kv_cache_memory: ByteSize | None = Field(
         None, gt=0, description="bytes of the KV cache, e.g. 512MiB; on CPU at most 1 GiB if not given"
+    )
+    cuda_graphs: bool = Field(True, description="replay steps that only decode as CUDA graphs; without effect on CPU")
+    async_scheduling: Literal["auto", "on", "off"] = Field(
+        "auto", description="prepare a step while the device runs the one before; auto: on a GPU"
     )
     prefix_caching: bool = Field(True, description="share the KV cache of equal beginnings between requests")
     encoder_cache_memory: ByteSize | None = Field(
@@ -77,6 +85,8 @@ class ExecutorSettings(ServiceSettings):
             kv_cache_memory=None if self.kv_cache_memory is None else int(self.kv_cache_memory),
             num_threads=self.num_threads or _threads_by_environment(),
             prefix_caching=self.prefix_caching,
+            cuda_graphs=self.cuda_graphs,
+            async_scheduling=self.async_scheduling,
             encoder_cache_memory=None if self.encoder_cache_memory is None else int(self.encoder_cache_memory),
             check_integrity=self.check_integrity,
         )

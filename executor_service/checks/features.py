@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from executor_service.checks.prompts import unlike_items
 from executor_service.checks.trial import CPU, Trial, Trials, suitable_threads
-from executor_service.engine.model_runner import ModelRunner
+from executor_service.engine.item_encoder import ItemEncoder
 from executor_service.engine.request import EngineItem
 from registry import MediaItem, PlaceholderRange
 from registry.checks import Findings, SkippedStageError
@@ -52,7 +52,7 @@ def _check_item(trial: Trial, media: MediaItem, findings: Findings) -> None:
         item = make_item(trial, media, PlaceholderRange(0, trial.family.layout(media.info).length))
         encoder: Any = _Encoder(trial.model)
         try:
-            ModelRunner(encoder, CPU, trial.dtype, BLOCK_SIZE).encode([item])
+            ItemEncoder(encoder, CPU, trial.dtype).encode([item])
         except ValueError:
             wanted = [[item.layout.num_tokens, encoder.get_input_embeddings().weight.shape[-1]]]
             if encoder.shapes in ([], wanted):
@@ -77,7 +77,7 @@ def _encode(trial: Trial, media: list[MediaItem]) -> list[Tensor]:
     """Features of items that go through the encoder together."""
     place = PlaceholderRange(0, trial.family.layout(media[0].info).length)
     items = [make_item(trial, one, place) for one in media]
-    ModelRunner(trial.model, CPU, trial.dtype, BLOCK_SIZE).encode(items)
+    ItemEncoder(trial.model, CPU, trial.dtype).encode(items)
     return [item.features for item in items if item.features is not None]
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from executor_service.checks.features import BLOCK_SIZE, make_item
+from executor_service.checks.features import make_item
 from executor_service.checks.prompts import Prompt, make_prompt, make_prompts, unlike_items
 from executor_service.checks.recorder import Answer, Run
 from executor_service.checks.reference import decoder_logits, reference_logits
 from executor_service.checks.trial import CPU, Trial, Trials, suitable_threads
-from executor_service.engine.model_runner import ModelRunner
+from executor_service.engine.item_encoder import ItemEncoder
 from registry.checks import Findings
 
 CHUNKS: Final = 3
@@ -86,7 +86,7 @@ def _expected_logits(trial: Trial, prompt: Prompt, token_ids: list[int]) -> Tens
     for item in items:
         is_feature[item.placeholder.offset : item.placeholder.end] = torch.from_numpy(item.layout.feature_mask)
     with torch.inference_mode():
-        ModelRunner(trial.model, CPU, trial.dtype, BLOCK_SIZE).encode(items)
+        ItemEncoder(trial.model, CPU, trial.dtype).encode(items)
     features = [item.features for item in items if item.features is not None]
     return decoder_logits(model, torch.tensor(token_ids), is_feature, torch.cat(features))
 

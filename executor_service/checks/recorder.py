@@ -17,6 +17,7 @@ from executor_service.engine.block_manager import BlockManager
 from executor_service.engine.core import Engine
 from executor_service.engine.encoder_cache import EncoderCache
 from executor_service.engine.kv_cache import allocate_kv_caches
+from executor_service.engine.limits import EngineLimits
 from executor_service.engine.messages import SamplingParams
 from executor_service.engine.model_runner import ModelOutput, ModelRunner
 from executor_service.engine.request import Request
@@ -37,8 +38,8 @@ class Answer:
 class Recorder(ModelRunner):
     """A runner that keeps the hidden states of every token, by request."""
 
-    def __init__(self, trial: Trial) -> None:
-        super().__init__(trial.model, CPU, trial.dtype, BLOCK_SIZE)
+    def __init__(self, trial: Trial, limits: EngineLimits) -> None:
+        super().__init__(trial.model, CPU, trial.dtype, limits)
         self.hidden: dict[int, list[Tensor]] = defaultdict(list)
 
     def execute(self, batch: ScheduledBatch) -> ModelOutput:
@@ -68,7 +69,8 @@ class Run:
     @torch.inference_mode()
     def answer(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """All prompts in one batch."""
-        recorder = Recorder(self.trial)
+        longest = max(len(prompt.token_ids) for prompt in prompts) + NEW_TOKENS
+        recorder = Recorder(self.trial, EngineLimits(self.budget, len(prompts), self.budget, longest, BLOCK_SIZE))
         requests = [self._request(recorder, index, prompt) for index, prompt in enumerate(prompts)]
         blocks = BlockManager(sum(-(-request.max_tokens // BLOCK_SIZE) for request in requests), BLOCK_SIZE)
         geometry = kv_geometry(self.trial.model, self.trial.family.ctx.text_config)

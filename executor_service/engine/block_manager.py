@@ -88,8 +88,11 @@ class BlockManager:
         return len(request.block_table) * self.block_size
 
     def register(self, request: Request) -> None:
-        """Note the request's blocks that have been computed to their end; what is already registered stays so."""
-        full = request.num_computed_tokens // self.block_size
+        """Note the request's blocks that have been computed to their end; what is already registered stays so.
+
+        A block with a token that is still in flight is noted when the token is known.
+        """
+        full = min(request.num_computed_tokens, request.num_tokens) // self.block_size
         if full <= request.num_registered_blocks or not (self.shares_prefixes and request.is_shareable):
             return
         extend_digests(request, self.block_size, full)

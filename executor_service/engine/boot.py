@@ -12,39 +12,32 @@ import torch
 from transformers import GenerationConfig
 
 from executor_service.engine.block_manager import BlockManager
+from executor_service.engine.configuration import Setting, load_config
 from executor_service.engine.core import Engine
+from executor_service.engine.decode_graphs import graph_sizes
 from executor_service.engine.encoder_cache import EncoderCache
 from executor_service.engine.kv_cache import (
     allocate_kv_caches,
     block_bytes,
     default_kv_cache_bytes,
+    device_kv_cache_bytes,
     num_blocks_in,
 )
-from executor_service.engine.memory import host_bytes, parameter_bytes
+from executor_service.engine.memory import DeviceMemory, Memory, memory_of, parameter_bytes
 from executor_service.engine.messages import Booted, BootProgress, EngineConfig, MemoryLedger
 from executor_service.engine.model_runner import ModelRunner
-from executor_service.engine.profiling import MemoryPeaks, WorstLoad, profile_run
+from executor_service.engine.profiling import MemoryPeaks, profile_run
 from executor_service.engine.scheduler import Scheduler
 from executor_service.models.loader import load_model
 from executor_service.models.protocol import KVGeometry, kv_geometry
 from registry import InputContext
 from registry.errors import CheckpointError
-from registry.families import open_family
 from registry.family import ModelFamily
 from registry.fingerprint import fingerprint
 
 Report = Callable[[BootProgress], None]
-DTYPES: Final = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
 
 DEFAULT_ENCODER_CACHE_BYTES: Final = 256 * 1024 * 1024
-
-_REMEDIES: Final = {"video": " or lower --max-video-frames", "audio": " or lower --max-audio-seconds"}
-"""What else helps where an item is too long for a request."""
 
 
 @dataclass(frozen=True)
@@ -59,30 +52,34 @@ class BootedEngine:
 def boot(config: EngineConfig, report: Report) -> BootedEngine:
     """Everything up to SERVING; errors say what is wrong and, where there is one, the remedy."""
     with _stage("load_config", report):
-        family, load, device, dtype = _load_config(config)
+        setting = load_config(config)
+        family, limits = setting.family, setting.limits
+        memory = memory_of(setting.device)
     with _stage("load_kernels", report) as stage:
-        stage.detail = _load_kernels(device)
+        stage.detail = _load_kernels(setting.device, report)
     with _stage("load_model", report) as stage:
-        runner = _load_model(family, config, device, dtype, report)
+        runner = _load_model(config, setting, report)
         stage.num_bytes = parameter_bytes(runner.model)
     with _stage("profile_run", report) as stage:
         geometry = kv_geometry(runner.model, family.ctx.text_config)
-        peaks = profile_run(family, runner, geometry, load)
+        sizes = graph_sizes(limits.max_num_seqs) if config.cuda_graphs and runner.can_capture else []
+        peaks = profile_run(family, runner, geometry, memory, len(sizes))
         stage.num_bytes = max(peaks.vision, peaks.language)
     with _stage("allocate_kv_cache", report) as stage:
-        ledger = _allocate_kv_cache(config, runner, geometry, load, peaks)
+        ledger = _allocate_kv_cache(config, runner, geometry, peaks, memory)
         stage.num_bytes, stage.detail = ledger.kv_cache_bytes, f"{ledger.num_blocks} blocks of {ledger.block_size}"
     with _stage("capture_graphs", report) as stage:
-        stage.detail = "none on this device"
+        stage.detail = _capture_graphs(runner, sizes, report)
+        stage.num_bytes = ledger.graphs_bytes or None
     scheduler = Scheduler(
         BlockManager(ledger.num_blocks, config.block_size, config.prefix_caching),
-        EncoderCache(_encoder_cache_capacity(config, family, runner, load)),
-        load.max_num_seqs,
-        load.max_num_batched_tokens,
-        load.max_num_encoder_tokens,
+        EncoderCache(_encoder_cache_capacity(config, family, runner)),
+        limits.max_num_seqs,
+        limits.max_num_batched_tokens,
+        limits.max_num_encoder_tokens,
     )
-    engine = Engine(scheduler, runner, _eos_token_ids(family.ctx), config.check_integrity)
-    return BootedEngine(engine, family, _booted(family, engine, load, ledger))
+    engine = Engine(scheduler, runner, _eos_token_ids(family.ctx), config.check_integrity, setting.runs_ahead)
+    return BootedEngine(engine, family, _booted(family, engine, ledger))
 
 
 @dataclass
@@ -100,84 +97,19 @@ def _stage(name: str, report: Report) -> Iterator[_Stage]:
     report(BootProgress(name, 1.0, stage.detail, time.monotonic() - start, stage.num_bytes))
 
 
-def _load_config(config: EngineConfig) -> tuple[ModelFamily, WorstLoad, torch.device, torch.dtype]:
-    family = open_family(config.model_dir, config.limits, config.plugins)
-    device = _pick_device(config.device)
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    load = _worst_load(family, config)
-    return family, load, device, _pick_dtype(config.dtype, family.ctx, device)
-
-
-def _pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu":
-        raise CheckpointError(f"device {name!r} is not supported yet; use --device cpu")
-    return torch.device(name)
-
-
-def _pick_dtype(name: str, ctx: InputContext, device: torch.device) -> torch.dtype:
-    """`auto`: float32 on CPU, where narrower types are emulated; the checkpoint's own elsewhere."""
-    if name != "auto":
-        if name not in DTYPES:
-            raise CheckpointError(f"dtype {name!r} is not known; use one of auto, {', '.join(DTYPES)}")
-        return DTYPES[name]
-    if device.type == "cpu":
-        return torch.float32
-    return getattr(ctx.model_config, "dtype", None) or torch.bfloat16
-
-
-def _worst_load(family: ModelFamily, config: EngineConfig) -> WorstLoad:
-    longest = int(getattr(family.ctx.text_config, "max_position_embeddings", 4096))
-    max_model_len = config.max_model_len or longest
-    if max_model_len > longest:
-        raise CheckpointError(f"--max-model-len {max_model_len} is longer than the model's {longest} positions")
-    _check_rope(family.ctx.text_config, max_model_len, longest)
-    most = _largest_items(family)
-    for modality, (features, length) in most.items():
-        if length >= max_model_len:
-            raise CheckpointError(
-                f"one {modality} may need {length} of the {max_model_len} tokens a request may have "
-                f"({features} features); raise --max-model-len above {length}{_REMEDIES.get(modality, '')}"
-            )
-    encoder = max([config.max_num_batched_tokens, *(features for features, _ in most.values())])
-    return WorstLoad(config.max_num_batched_tokens, config.max_num_seqs, encoder, max_model_len)
-
-
-def _check_rope(text_config: Any, max_model_len: int, longest: int) -> None:
-    """Some rotary embeddings pick their frequencies by a batch's longest request: nobody may depend on others."""
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings")
-    limits = {"dynamic": longest, "longrope": original or longest}
-    limit = limits.get(rope.get("rope_type", "default"))
-    if limit is not None and max_model_len > limit:
-        raise CheckpointError(
-            f"rope type {rope['rope_type']!r} turns every request of a batch by the longest one's length once that "
-            f"exceeds {limit}, so answers would depend on each other; use --max-model-len {limit}"
-        )
-
-
-def _largest_items(family: ModelFamily) -> dict[str, tuple[int, int]]:
-    """Modality -> (features, tokens) of its largest item."""
-    most = {}
-    for modality in family.modalities:
-        features = length = family.max_tokens(modality)
-        if family.has_layout(modality):
-            info = family.find_largest(modality, "length")
-            length = max(length, family.layout(info).length)
-        most[modality] = (features, length)
-    return most
-
-
-def _load_kernels(device: torch.device) -> str:
+def _load_kernels(device: torch.device, report: Report) -> str:
     """On CPU the reference implementations come with the ops; importing them is all there is to do."""
-    return f"reference implementations on {device.type}"
+    if device.type == "cpu":
+        return "reference implementations on cpu"
+    from executor_service.kernels.cuda.module import load_all
+
+    torch.backends.cudnn.allow_tf32 = False  # a float32 model is one
+    origins = load_all(_progress("load_kernels", report))
+    return f"{torch.cuda.get_device_name(device)}: {origins}"
 
 
-def _load_model(
-    family: ModelFamily, config: EngineConfig, device: torch.device, dtype: torch.dtype, report: Report
-) -> ModelRunner:
+def _progress(stage: str, report: Report) -> Callable[[int, int], None]:
+    """Reports every hundredth of a stage, told (done, all) as often as one likes."""
     shown = -1.0
 
     def progress(done: int, total: int) -> None:
@@ -185,12 +117,24 @@ def _load_model(
         fraction = done / max(total, 1)
         if fraction - shown >= 0.01 or done == total:
             shown = fraction
-            report(BootProgress("load_model", min(fraction, 0.999), num_bytes=done))
+            report(BootProgress(stage, min(fraction, 0.999)))
 
-    model = load_model(family, _keyword_names(family), device, dtype, progress)
+    return progress
+
+
+def _load_model(config: EngineConfig, setting: Setting, report: Report) -> ModelRunner:
+    family, device, dtype = setting.family, setting.device, setting.dtype
+    model = load_model(family, _keyword_names(family), device, dtype, _progress("load_model", report))
     if config.decoder != "stock":
         _fuse_decoder(model, is_required=config.decoder == "fused")
-    return ModelRunner(model, device, dtype, config.block_size, _eos_token_ids(family.ctx))
+    return ModelRunner(model, device, dtype, setting.limits, _eos_token_ids(family.ctx))
+
+
+def _capture_graphs(runner: ModelRunner, sizes: list[int], report: Report) -> str:
+    if not sizes:
+        return "none"
+    runner.graphs = runner.capture_graphs(sizes, _progress("capture_graphs", report))
+    return f"{len(sizes)} batch sizes up to {sizes[0]}"
 
 
 def _fuse_decoder(model: Any, is_required: bool) -> None:
@@ -213,42 +157,56 @@ def _keyword_names(family: ModelFamily) -> tuple[str, ...]:
 
 
 def _allocate_kv_cache(
-    config: EngineConfig, runner: ModelRunner, geometry: KVGeometry, load: WorstLoad, peaks: MemoryPeaks
+    config: EngineConfig, runner: ModelRunner, geometry: KVGeometry, peaks: MemoryPeaks, memory: Memory
 ) -> MemoryLedger:
-    """A byte budget on CPU; the ledger reports the peaks but does not size by them there."""
-    bytes_per_block = block_bytes(geometry, config.block_size, runner.dtype)
-    budget = config.kv_cache_memory
-    if budget is None:
-        budget = default_kv_cache_bytes(load.max_num_seqs, load.max_model_len, config.block_size, bytes_per_block)
-    num_blocks = num_blocks_in(budget, bytes_per_block, config.block_size, load.max_model_len)
+    """What the GPU's share has left beside weights and peaks; on CPU a byte budget, and the ledger only reports."""
+    limits, bytes_per_block = runner.limits, block_bytes(geometry, runner.limits.block_size, runner.dtype)
+    budget, other = config.kv_cache_memory, 0
+    flag = f"raise --kv-cache-memory to {limits.max_num_blocks_per_request * bytes_per_block}"
+    if isinstance(memory, DeviceMemory):
+        left, other = device_kv_cache_bytes(
+            memory, config.gpu_memory_utilization, peaks, _encoder_cache_bytes(config, runner)
+        )
+        if budget is None:
+            budget, flag = left, "raise --gpu-memory-utilization"
+    elif budget is None:
+        budget = default_kv_cache_bytes(limits, bytes_per_block)
+    num_blocks = num_blocks_in(budget, bytes_per_block, limits, flag)
     runner.kv_caches = allocate_kv_caches(geometry, num_blocks, runner)
     return MemoryLedger(
-        total_bytes=host_bytes(),
+        total_bytes=memory.total_bytes,
         gpu_memory_utilization=config.gpu_memory_utilization,
         weights_bytes=parameter_bytes(runner.model),
         vision_peak_bytes=peaks.vision,
         language_peak_bytes=peaks.language,
-        graphs_bytes=0,
-        other_bytes=0,
+        graphs_bytes=peaks.graphs,
+        other_bytes=other,
         kv_cache_bytes=num_blocks * bytes_per_block,
-        block_size=config.block_size,
+        block_size=limits.block_size,
         num_blocks=num_blocks,
         block_bytes=bytes_per_block,
-        peaks_used_for_sizing=False,
+        peaks_used_for_sizing=isinstance(memory, DeviceMemory),
     )
 
 
-def _encoder_cache_capacity(config: EngineConfig, family: ModelFamily, runner: ModelRunner, load: WorstLoad) -> int:
+def _encoder_cache_bytes(config: EngineConfig, runner: ModelRunner) -> int:
+    """Budget of the features that are kept."""
+    if config.encoder_cache_memory is not None:
+        return config.encoder_cache_memory
+    of_a_step = runner.limits.max_num_encoder_tokens * runner.encoder.feature_width * runner.dtype.itemsize
+    return max(DEFAULT_ENCODER_CACHE_BYTES, of_a_step)
+
+
+def _encoder_cache_capacity(config: EngineConfig, family: ModelFamily, runner: ModelRunner) -> int:
     """Feature tokens that fit the budget; it must hold the largest item, and by default what one step may encode."""
-    bytes_per_feature = runner.feature_width * runner.dtype.itemsize
-    if config.encoder_cache_memory is None:
-        return max(DEFAULT_ENCODER_CACHE_BYTES // bytes_per_feature, load.max_num_encoder_tokens)
-    capacity = config.encoder_cache_memory // bytes_per_feature
+    bytes_per_feature = runner.encoder.feature_width * runner.dtype.itemsize
+    budget = _encoder_cache_bytes(config, runner)
+    capacity = budget // bytes_per_feature
     largest = max((family.max_tokens(modality) for modality in family.modalities), default=0)
     if capacity < largest:
         raise CheckpointError(
-            f"--encoder-cache-memory {config.encoder_cache_memory} holds {capacity} features, the largest item has "
-            f"{largest}; raise it to {largest * bytes_per_feature}"
+            f"--encoder-cache-memory {budget} holds {capacity} features, the largest item has {largest}; "
+            f"raise it to {largest * bytes_per_feature}"
         )
     return capacity
 
@@ -265,12 +223,14 @@ def _eos_token_ids(ctx: InputContext) -> frozenset[int]:
     return frozenset(found) if isinstance(found, list | tuple) else frozenset((found,))
 
 
-def _booted(family: ModelFamily, engine: Engine, load: WorstLoad, ledger: MemoryLedger) -> Booted:
+def _booted(family: ModelFamily, engine: Engine, ledger: MemoryLedger) -> Booted:
     return Booted(
         device=str(engine.runner.device),
         dtype=str(engine.runner.dtype).removeprefix("torch."),
         architecture=family.ctx.architecture,
-        max_model_len=load.max_model_len,
+        max_model_len=engine.runner.limits.max_model_len,
+        max_num_seqs=engine.runner.limits.max_num_seqs,
+        max_num_batched_tokens=engine.runner.limits.max_num_batched_tokens,
         vocab_size=family.ctx.vocab_size,
         eos_token_ids=engine.eos_token_ids,
         max_tokens_per_item={modality: family.max_tokens(modality) for modality in family.modalities},

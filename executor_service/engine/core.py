@@ -1,35 +1,63 @@
-"""The engine: `schedule -> execute -> sample -> update`, one step at a time."""
+"""The engine: `schedule -> execute -> sample -> update`, one step at a time.
+
+Where the device is one of its own, the engine runs ahead: it enqueues a step before it looks at the tokens of the one
+before, so that the device never waits for the host. A request that turns out to have ended in between has computed a
+token too many, which nobody sees.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
+from executor_service.engine.item_encoder import ItemMismatchError
 from executor_service.engine.messages import Finished, FinishReason, Load, StepReport, TokenLogprobs
-from executor_service.engine.model_runner import ItemMismatchError, ModelOutput, ModelRunner
+from executor_service.engine.model_runner import ModelOutput, ModelRunner
 from executor_service.engine.request import Request
 from executor_service.engine.scheduler import ScheduledBatch, Scheduler
 
+Token = tuple[Request, int, TokenLogprobs | None]
+"""A request's new token, and its log probabilities where they are asked for."""
+
+
+@dataclass
+class Step:
+    """A batch that was executed, or enqueued, and who has ended by then: reported when its tokens are known."""
+
+    batch: ScheduledBatch
+    output: ModelOutput
+    ended: list[Request] = field(default_factory=list)
+
 
 class Engine:
-    """Requests in, tokens out. Not thread-safe: one thread calls everything."""
+    """Requests in, tokens out. Not thread-safe: one thread calls everything.
+
+    `runs_ahead`: a step's report is the one before's. `check_integrity` proves the resources after every step.
+    """
 
     def __init__(
-        self, scheduler: Scheduler, runner: ModelRunner, eos_token_ids: frozenset[int], check_integrity: bool = False
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        eos_token_ids: frozenset[int],
+        check_integrity: bool = False,
+        runs_ahead: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.eos_token_ids = eos_token_ids
+        self.runs_ahead = runs_ahead
         self._checks = check_integrity
         self._requests: dict[int, Request] = {}
+        self._in_flight: Step | None = None
         self._aborted: list[Request] = []
         self._refused: list[Finished] = []
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self.scheduler.has_work or bool(self._aborted or self._refused)
+        return self.scheduler.has_work or bool(self._in_flight or self._aborted or self._refused)
 
     @property
     def load(self) -> Load:
@@ -53,39 +81,69 @@ class Engine:
         self._refused.append(Finished(request_id, reason, error=error))
 
     def abort(self, request_ids: Iterable[int]) -> None:
-        """End requests now; the next step's report says so. Ids that are not here any more are ignored."""
+        """End requests now; a step's report says so, when nothing on the device uses their tensors any more.
+
+        Ids that are not here any more are ignored.
+        """
+        ended = self._aborted if self._in_flight is None else self._in_flight.ended
         for request_id in request_ids:
             if (request := self._requests.get(request_id)) is not None:
                 request.finish_reason = FinishReason.ABORTED
-                self._aborted.append(self._retire(request))
+                ended.append(self._retire(request))
 
     def step(self) -> StepReport:
         """One step: its report has every output and every request that ended."""
         began = time.monotonic()
-        batch = self.scheduler.schedule()
-        output = self.runner.execute(batch)
-        finished = self._update(batch, output)
+        step = self._execute(self.scheduler.schedule())
+        if self.runs_ahead:
+            step, self._in_flight = self._in_flight, step
+        tokens = [] if step is None else self._update(step)
         if self._checks:
             self.check_integrity()
-        return self._report(batch, output, finished, began)
+        return self._report(step, tokens, began)
 
     def check_integrity(self) -> None:
         """IntegrityError unless blocks, queues and requests are whole."""
         self.scheduler.check_integrity()
 
-    def _update(self, batch: ScheduledBatch, output: ModelOutput) -> list[Request]:
-        """Advance every request of the batch, append its token, and retire those that ended."""
-        for scheduled, error in output.failed:
+    def _execute(self, batch: ScheduledBatch) -> Step | None:
+        """Execute the batch, sampling included, and count what it computes; None: there is nothing to do."""
+        if not batch.requests:
+            return None
+        step = Step(batch, self.runner.execute(batch))
+        for scheduled, error in step.output.failed:
             is_mismatch = isinstance(error, ItemMismatchError)
             scheduled.request.finish_reason = FinishReason.MISMATCHED if is_mismatch else FinishReason.FAILED
             scheduled.request.error = str(error)
+            step.ended.append(self._retire(scheduled.request))
         for scheduled in batch.requests:
             if not scheduled.request.is_finished:
                 self.scheduler.advance(scheduled.request, scheduled.num_tokens)
-        for scheduled, token_id in zip(output.requests, output.sampled.token_ids, strict=True):
-            scheduled.request.append(token_id, self.eos_token_ids)
-        ended = [scheduled.request for scheduled in batch.requests if scheduled.request.is_finished]
-        return [self._retire(request) for request in ended]
+        for scheduled in step.output.requests:
+            scheduled.request.num_inflight_tokens += 1
+        return step
+
+    def _update(self, step: Step) -> list[Token]:
+        """Append the step's tokens, once they are known, and retire the requests that they end."""
+        if step.output.sampled is None:
+            return []
+        sampled, tokens = step.output.sampled.result(), list[Token]()
+        for scheduled, token_id, logprobs in zip(
+            step.output.requests, sampled.token_ids, sampled.logprobs, strict=True
+        ):
+            request = scheduled.request
+            if request.is_finished:
+                continue  # by its token before this one, or aborted since
+            tokens.append((request, token_id, logprobs))
+            self._append(step, request, token_id)
+        return tokens
+
+    def _append(self, step: Step, request: Request, token_id: int) -> None:
+        request.append(token_id, self.eos_token_ids)
+        if request.is_finished:
+            step.ended.append(self._retire(request))
+        else:
+            self.scheduler.blocks.register(request)
 
     def _retire(self, request: Request) -> Request:
         self.scheduler.remove(request)
@@ -93,24 +151,27 @@ class Engine:
         del self._requests[request.request_id]
         return request
 
-    def _report(self, batch: ScheduledBatch, output: ModelOutput, ended: list[Request], began: float) -> StepReport:
-        aborted, self._aborted = self._aborted, []
+    def _report(self, step: Step | None, tokens: list[Token], began: float) -> StepReport:
+        ended, self._aborted = self._aborted, []
         refused, self._refused = self._refused, []
-        logprobs: list[tuple[int, TokenLogprobs]] = [
-            (index, entry) for index, entry in enumerate(output.sampled.logprobs) if entry is not None
-        ]
+        if step is not None:
+            ended = [*ended, *step.ended]
         return StepReport(
-            request_ids=[scheduled.request.request_id for scheduled in output.requests],
-            token_ids=output.sampled.token_ids,
-            logprobs=logprobs,
-            finished=[*refused, *(_finished(request) for request in (*aborted, *ended))],
+            request_ids=[request.request_id for request, _, _ in tokens],
+            token_ids=[token_id for _, token_id, _ in tokens],
+            logprobs=[(index, entry) for index, (_, _, entry) in enumerate(tokens) if entry is not None],
+            finished=[*refused, *(_finished(request) for request in ended)],
             load=self.load,
             counters=replace(self.scheduler.counters),
-            prompt_logprobs=[(request.request_id, entries) for request, entries in output.prompt_logprobs],
+            prompt_logprobs=[] if step is None else _prompt_logprobs(step),
             seconds=time.monotonic() - began,
-            num_scheduled_requests=len(batch.requests),
-            num_scheduled_tokens=batch.num_tokens,
+            num_scheduled_requests=0 if step is None else len(step.batch.requests),
+            num_scheduled_tokens=0 if step is None else step.batch.num_tokens,
         )
+
+
+def _prompt_logprobs(step: Step) -> list[tuple[int, list[TokenLogprobs]]]:
+    return [(request.request_id, entries) for request, entries in step.output.prompt_logprobs]
 
 
 def _finished(request: Request) -> Finished:

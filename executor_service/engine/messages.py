@@ -1,7 +1,7 @@
 """What passes between the front and the engine process: plain data, no torch.
 
 Front to engine: EngineConfig (once), Submit, Abort, Shutdown. Engine to front: BootProgress, then Booted
-or BootFailed, then one StepReport per step.
+or BootFailed, then one StepReport per step; EngineFailed if it has to end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from registry.fingerprint import Fingerprint
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Everything the engine is told at its start; None: the engine picks.
+    """Everything the engine is told at its start; None: the engine picks. `async_scheduling` auto, on or off.
 
     Memory in bytes, lengths and budgets in tokens. `check_integrity` proves the resources after every
     step and ends the engine if they are not whole (for tests).
@@ -30,13 +30,15 @@ class EngineConfig:
     dtype: str = "auto"
     decoder: str = "auto"
     max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     block_size: int = 16
     gpu_memory_utilization: float = 0.9
     kv_cache_memory: int | None = None
     num_threads: int | None = None
     prefix_caching: bool = True
+    cuda_graphs: bool = True
+    async_scheduling: str = "auto"
     encoder_cache_memory: int | None = None
     check_integrity: bool = False
 
@@ -143,6 +145,13 @@ class BootFailed:
 
 
 @dataclass(frozen=True)
+class EngineFailed:
+    """The last word of an engine that cannot go on; `message` is for the log and for whoever waits for an answer."""
+
+    message: str
+
+
+@dataclass(frozen=True)
 class MemoryLedger:
     """Where the memory went at boot, in bytes; see the contract's message of the same name."""
 
@@ -168,6 +177,8 @@ class Booted:
     dtype: str
     architecture: str
     max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
     vocab_size: int
     eos_token_ids: frozenset[int]
     max_tokens_per_item: dict[str, int]
@@ -260,4 +271,4 @@ class StepReport:
     num_scheduled_tokens: int = 0
 
 
-FromEngine = BootProgress | BootFailed | Booted | StepReport
+FromEngine = BootProgress | BootFailed | Booted | StepReport | EngineFailed

@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from typing import Final, NoReturn
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from executor_service.engine.messages import (
     Abort,
     BootFailed,
     EngineConfig,
+    EngineFailed,
     FinishReason,
     ItemSlots,
     Shutdown,
@@ -33,6 +35,9 @@ from executor_service.engine.messages import (
 from executor_service.engine.request import EngineItem, Request
 from registry import PlaceholderRange, TensorSpec
 from registry.errors import RegistryError
+
+MAX_REASON: Final = 200
+"""Characters of an error that are told beyond the log."""
 
 
 class EngineProcess:
@@ -45,6 +50,8 @@ class EngineProcess:
         self._family = booted.family
         self._max_model_len = booted.report.max_model_len
         self._stopping = False
+        if booted.engine.runner.device.type == "cuda":
+            _page_lock(arena)
 
     def run(self) -> None:
         """Receive, step, send; waits for messages while there is no work."""
@@ -111,6 +118,14 @@ class EngineProcess:
         return torch.from_numpy(raw).view(dtype).view(slot.shape)
 
 
+def _page_lock(arena: memoryview) -> None:
+    """Keep the arena where it is in memory, so that the GPU can copy from it while everybody goes on."""
+    address = np.frombuffer(arena, dtype=np.uint8).ctypes.data
+    status = torch.cuda.cudart().cudaHostRegister(address, arena.nbytes, 0)
+    if int(status):
+        raise RuntimeError(f"the shared memory for tensors cannot be page-locked: CUDA error {int(status)}")
+
+
 def main(argv: list[str]) -> int:
     """Boot and run; 0 after a Shutdown or when the front has gone, 1 after a failure that was reported."""
     connection_fd, arena_fd, arena_bytes = (int(argument) for argument in argv)
@@ -127,9 +142,24 @@ def main(argv: list[str]) -> int:
         connection.send(BootFailed(str(error)))
         return 1
     connection.send(booted.report)
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    try:
         EngineProcess(connection, arena, booted).run()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the front has gone
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        _fail(connection, error)
     return 0
+
+
+def _fail(connection: Connection, error: Exception) -> NoReturn:
+    """Say why, and end at once: what is left of a process whose GPU has failed may wait for it for ever."""
+    reason = str(error).partition("\n")[0][:MAX_REASON]
+    with contextlib.suppress(OSError):
+        connection.send(EngineFailed(f"{type(error).__name__}: {reason}"))
+        connection.close()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from executor_service.engine.block_manager import BlockManager
 from executor_service.engine.kv_cache import allocate_kv_caches
 from executor_service.engine.logprobs import ROWS_AT_ONCE, token_logprobs
-from executor_service.engine.memory import peak_resident_bytes, reset_peak, resident_bytes
+from executor_service.engine.memory import DeviceMemory, Memory
 from executor_service.engine.messages import SamplingParams
 from executor_service.engine.model_runner import ModelRunner
 from executor_service.engine.request import EngineItem, Request
@@ -20,40 +20,41 @@ from registry.family import ModelFamily
 
 
 @dataclass(frozen=True)
-class WorstLoad:
-    """Limits of one step: tokens, requests and encoder features; `max_model_len` tokens per request."""
-
-    max_num_batched_tokens: int
-    max_num_seqs: int
-    max_num_encoder_tokens: int
-    max_model_len: int
-
-
-@dataclass(frozen=True)
 class MemoryPeaks:
-    """Bytes used beyond what was there before."""
+    """Bytes used beyond what was there before: by a step's parts, and for good by graphs of `num_graphs` sizes."""
 
     vision: int
     language: int
+    graphs: int
 
 
 @torch.inference_mode()
-def profile_run(family: ModelFamily, runner: ModelRunner, geometry: KVGeometry, load: WorstLoad) -> MemoryPeaks:
-    """Encoder at its largest batch, then the language model and the sampler at theirs, on a scratch KV cache."""
-    prompt, items = _dummy_items(family, load)
-    before = resident_bytes()
-    reset_peak()
-    runner.encode(_largest_encoder_batch(items, load.max_num_encoder_tokens))
-    vision = max(peak_resident_bytes() - before, 0)
-    reset_peak()
-    _run_language_model(runner, geometry, load, prompt, items)
-    return MemoryPeaks(vision, max(peak_resident_bytes() - before, 0))
+def profile_run(
+    family: ModelFamily, runner: ModelRunner, geometry: KVGeometry, memory: Memory, num_graphs: int
+) -> MemoryPeaks:
+    """Encoder at its largest batch, then the language model and the sampler at theirs, on a scratch KV cache.
+
+    Then, if there are to be graphs, the largest of them.
+    """
+    prompt, items = _dummy_items(family, runner)
+    memory.begin()
+    runner.encoder.encode(_largest_encoder_batch(items, runner.limits.max_num_encoder_tokens))
+    vision = memory.peak_bytes()
+    memory.restart()
+    runner.kv_caches = allocate_kv_caches(geometry, _num_scratch_blocks(runner), runner)
+    scratch = sum(cache.keys.nbytes + cache.values.nbytes for cache in runner.kv_caches)
+    _run_language_model(runner, prompt, items)
+    _run_sampler(runner)
+    language = max(memory.peak_bytes() - scratch, 0)
+    graphs = _graph_bytes(runner, memory, num_graphs)
+    runner.kv_caches = ()
+    return MemoryPeaks(vision, language, graphs)
 
 
-def _dummy_items(family: ModelFamily, load: WorstLoad) -> tuple[list[int], list[EngineItem]]:
+def _dummy_items(family: ModelFamily, runner: ModelRunner) -> tuple[list[int], list[EngineItem]]:
     """The expanded dummy prompt and its items, mapped as the preprocess service would; equal ones mapped once."""
     counts = {m: count for m in family.modalities if (count := family.ctx.limits.max_items(m))}
-    inputs, media = family.dummy_data(min(load.max_num_batched_tokens, load.max_model_len), counts)
+    inputs, media = family.dummy_data(_longest_chunk(runner), counts)
     mapped: dict[MediaInfo, dict[str, torch.Tensor]] = {}
     items = []
     for item, placeholder in zip(media, inputs.placeholders, strict=True):
@@ -89,36 +90,63 @@ def _largest_encoder_batch(items: list[EngineItem], max_num_encoder_tokens: int)
     return batch
 
 
-def _run_language_model(
-    runner: ModelRunner, geometry: KVGeometry, load: WorstLoad, prompt: list[int], items: list[EngineItem]
-) -> None:
-    """Prompts of dummy data up to the token budget; then what follows the model, for as many rows as it may get."""
-    length = min(load.max_model_len, load.max_num_batched_tokens)
-    blocks = BlockManager(-(-load.max_num_batched_tokens // runner.block_size) + 1, runner.block_size)
-    runner.kv_caches = allocate_kv_caches(geometry, blocks.num_blocks, runner)
-    request = Request(0, prompt[:length], items, SamplingParams(max_tokens=1), len(prompt) + 1)
+def _longest_chunk(runner: ModelRunner) -> int:
+    """Tokens of one request that one step may compute."""
+    return min(runner.limits.max_num_batched_tokens, runner.limits.max_model_len)
+
+
+def _num_scratch_blocks(runner: ModelRunner) -> int:
+    """For as many requests as fill a step."""
+    limits, length = runner.limits, _longest_chunk(runner)
+    return -(-limits.max_num_batched_tokens // length) * (-(-length // limits.block_size) + 1)
+
+
+def _run_language_model(runner: ModelRunner, prompt: list[int], items: list[EngineItem]) -> None:
+    """Prompts of dummy data up to the token budget, the first with its items."""
+    limits, length = runner.limits, _longest_chunk(runner)
+    blocks = BlockManager(_num_scratch_blocks(runner), limits.block_size, shares_prefixes=False)
     inside = tuple(item for item in items if item.placeholder.offset < length)
-    blocks.reserve(request, length)
-    runner.execute(ScheduledBatch([ScheduledRequest(request, length, inside)]))
-    runner.kv_caches = ()
-    _run_sampler(runner, load.max_num_seqs)
+    batch, left = list[ScheduledRequest](), limits.max_num_batched_tokens
+    while left and len(batch) < limits.max_num_seqs:
+        num_tokens = min(length, left)
+        text = [0] * num_tokens if batch else prompt[:num_tokens]
+        request = Request(
+            len(batch), text, [] if batch else items, SamplingParams(max_tokens=1, temperature=0.0), len(prompt) + 1
+        )
+        blocks.reserve(request, num_tokens)
+        batch.append(ScheduledRequest(request, num_tokens, () if batch else inside))
+        left -= num_tokens
+    output = runner.execute(ScheduledBatch(sorted(batch, key=lambda scheduled: scheduled.num_tokens > 1)))
+    if output.sampled is not None:
+        output.sampled.result()
+    for scheduled in batch:
+        runner.sampler.release(scheduled.request.request_id)
 
 
-def _run_sampler(runner: ModelRunner, max_num_seqs: int) -> None:
-    """Logits and every part of the sampler for `max_num_seqs` rows, then a chunk of prompt log probabilities.
-
-    The sampler's table of token counts has its final size afterwards.
-    """
+def _run_sampler(runner: ModelRunner) -> None:
+    """Logits and every part of the sampler for as many rows as it may get, then a chunk of prompt log probabilities."""
     params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9, min_p=0.1, logprobs=20, repetition_penalty=2.0,
                             logit_bias=((0, 1.0),), bad_words=((0,),))  # fmt: skip
-    requests = [Request(number, [0], [], params, 2) for number in range(max_num_seqs)]
-    runner.sampler.sample(runner.model.compute_logits(_zeros(runner, max_num_seqs)), requests)
+    num_rows = runner.limits.max_num_seqs
+    requests = [Request(number, [0], [], params, 2) for number in range(num_rows)]
+    runner.sampler.sample(runner.model.compute_logits(runner.zeros(num_rows)), requests).result()
     for request in requests:
         runner.sampler.release(request.request_id)
-    token_logprobs(runner.model.compute_logits(_zeros(runner, ROWS_AT_ONCE)), [0] * ROWS_AT_ONCE, [20] * ROWS_AT_ONCE)
+    logits = runner.model.compute_logits(runner.zeros(ROWS_AT_ONCE))
+    token_logprobs(logits, [0] * ROWS_AT_ONCE, [20] * ROWS_AT_ONCE)
 
 
-def _zeros(runner: ModelRunner, num_rows: int) -> torch.Tensor:
-    """Hidden states: [num_rows, width]."""
-    width = runner.model.get_input_embeddings()(torch.zeros(1, dtype=torch.int64, device=runner.device)).shape[-1]
-    return torch.zeros((num_rows, width), dtype=runner.dtype, device=runner.device)
+def _graph_bytes(runner: ModelRunner, memory: Memory, num_graphs: int) -> int:
+    """What graphs take: the pool that the largest needs and all share, and what the driver keeps of each."""
+    if not num_graphs:
+        return 0
+    assert isinstance(memory, DeviceMemory)
+    torch.cuda.empty_cache()
+    before, beside_torch = memory.own_bytes, memory.own_bytes_beside_torch
+    graphs = runner.capture_graphs([runner.limits.max_num_seqs], lambda done, total: None)
+    torch.cuda.empty_cache()
+    of_each = max(memory.own_bytes_beside_torch - beside_torch, 0)
+    taken = max(memory.own_bytes - before, 0) + (num_graphs - 1) * of_each
+    del graphs
+    torch.cuda.empty_cache()
+    return taken

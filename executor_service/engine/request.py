@@ -84,6 +84,8 @@ class Request:
         self.num_tokens = self.num_prompt_tokens + len(output_token_ids)
         self.token_ids[self.num_prompt_tokens : self.num_tokens] = output_token_ids
         self.num_inflight_tokens = 0
+        # Where the device has the last of those: a row of what the step before has sampled.
+        self.sampled_row = 0
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
@@ -148,7 +150,14 @@ class Request:
     @property
     def num_pending_tokens(self) -> int:
         """Tokens whose keys and values are not in the cache; at least 1 while the request runs."""
-        return self.num_tokens - self.num_computed_tokens
+        return self.num_expected_tokens - self.num_computed_tokens
+
+    @property
+    def awaits_tokens(self) -> bool:
+        """Whether it cannot go on before the tokens in flight are known: they may be its last, or decide the next."""
+        return self.num_inflight_tokens > 0 and (
+            self.num_expected_tokens >= self.max_tokens or self.needs_output_on_host
+        )
 
     @property
     def is_finished(self) -> bool:
@@ -184,6 +193,7 @@ class Request:
             self.first_token = time.monotonic()
         self.token_ids[self.num_tokens] = token_id
         self.num_tokens += 1
+        self.num_inflight_tokens = max(self.num_inflight_tokens - 1, 0)
         sampling = self.sampling
         is_eos = token_id in eos_token_ids and not sampling.ignore_eos
         if is_eos or token_id in sampling.stop_token_ids:

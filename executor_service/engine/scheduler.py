@@ -31,6 +31,11 @@ class ScheduledRequest(NamedTuple):
         """Whether this step computes the request's last token, so that the next one can be sampled."""
         return self.num_tokens == self.request.num_pending_tokens
 
+    @property
+    def is_behind_items(self) -> bool:
+        """Whether no token of the chunk belongs to an item."""
+        return self.request.num_computed_tokens >= self.request.items_end
+
 
 @dataclass
 class ScheduledBatch:
@@ -85,7 +90,10 @@ class Scheduler:
         self._release(request)
 
     def advance(self, request: Request, num_tokens: int) -> None:
-        """Count a chunk as computed: full blocks may be shared, features behind it are not needed any more."""
+        """Count a chunk as computed, or enqueued: full blocks may be shared, features behind it are not needed.
+
+        Whoever comes after on the device finds it computed.
+        """
         start = request.num_computed_tokens
         request.num_computed_tokens += num_tokens
         self.blocks.register(request)
@@ -94,7 +102,7 @@ class Scheduler:
                 self.encoder_cache.release(item)
 
     def schedule(self) -> ScheduledBatch:
-        """The next step's batch; empty only if there is no work."""
+        """The next step's batch; empty only if there is no work, or all of it awaits tokens that are in flight."""
         batch = ScheduledBatch()
         budget = _Budget(self.max_num_batched_tokens, self.max_num_encoder_tokens, self.encoder_cache)
         self._schedule_running(batch, budget)
@@ -206,6 +214,8 @@ class _Budget:
 
     def fit(self, request: Request) -> int:
         """How many tokens of the request fit: up to the first item that cannot be encoded in this step."""
+        if request.awaits_tokens:
+            return 0
         start = request.num_computed_tokens
         num_tokens = min(request.num_pending_tokens, self.tokens)
         items = request.items_between(start, start + num_tokens)

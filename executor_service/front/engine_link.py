@@ -20,6 +20,7 @@ from executor_service.engine.messages import (
     BootFailed,
     BootProgress,
     EngineConfig,
+    EngineFailed,
     FromEngine,
     Shutdown,
     StepReport,
@@ -47,6 +48,7 @@ class EngineLink:
         self._connection: Connection | None = None
         self._outbox: SimpleQueue[ToEngine | None] = SimpleQueue()
         self._booted: asyncio.Future[Booted] | None = None
+        self._last_word = ""
         self.died: asyncio.Future[str] | None = None
 
     async def start(self, config: EngineConfig, arena: Arena) -> Booted:
@@ -112,6 +114,8 @@ class EngineLink:
                 self._booted.set_result(message)
             case BootFailed() if not self._booted.done():
                 self._booted.set_exception(UnavailableError(message.message, stage="boot"))
+            case EngineFailed():
+                self._last_word = f": {message.message}"
 
     def _note_death(self) -> None:
         assert self._process is not None
@@ -120,7 +124,7 @@ class EngineLink:
         self._close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)
-        reason = f"the engine process ended with exit code {self._process.returncode}"
+        reason = f"the engine process ended with exit code {self._process.returncode}{self._last_word}"
         if not self._booted.done():
             self._booted.set_exception(UnavailableError(f"{reason} while booting", stage="boot"))
         if not self.died.done():
@@ -134,8 +138,9 @@ class EngineLink:
 
 def _spawn(module: str, connection_fd: int, arena: Arena) -> subprocess.Popen[bytes]:
     """The engine imports what this process can import; its prints go where logs go."""
-    # Between its steps an OpenMP thread that spins takes the cores from everything else on the host.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    # Between its steps an OpenMP thread that spins takes the cores from everything else on the host. Segments that
+    # grow keep a GPU's memory whole between tensors of changing sizes.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
     return subprocess.Popen(  # noqa: S603 - our own module
         [sys.executable, "-m", module, str(connection_fd), str(arena.fd), str(arena.num_bytes)],
         pass_fds=(connection_fd, arena.fd),

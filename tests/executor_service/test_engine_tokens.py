@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from executor_service.engine import model_runner
 from executor_service.engine.request import Request
 from executor_service.layers import attention
 from tests.checkpoints import make_llava_checkpoint
@@ -26,9 +27,10 @@ def mixed_requests(bench: Bench, count: int, **sampling: object) -> list[Request
     return requests
 
 
-@pytest.fixture(scope="module", params=["fused", "stock"])
+@pytest.fixture(scope="module", params=[("fused", "off"), ("stock", "off"), ("fused", "on")], ids="-".join)
 def bench(request, checkpoint, reference) -> Bench:
-    return Bench(checkpoint, boot_engine(checkpoint, decoder=request.param), reference)
+    decoder, scheduling = request.param
+    return Bench(checkpoint, boot_engine(checkpoint, decoder=decoder, async_scheduling=scheduling), reference)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 16])
@@ -41,19 +43,24 @@ def test_batches_equal_generate(bench: Bench, count: int) -> None:
     assert bench.engine.load.num_used_blocks == 0
 
 
+@pytest.mark.parametrize("scheduling", ["off", "on"])
 @pytest.mark.parametrize("budget", [7, 16, 33, 100])
-def test_chunked_prefill_equals_generate(checkpoint, reference, budget: int) -> None:
-    bench = Bench(checkpoint, boot_engine(checkpoint, max_num_batched_tokens=budget), reference)
+def test_chunked_prefill_equals_generate(checkpoint, reference, budget: int, scheduling: str) -> None:
+    booted = boot_engine(checkpoint, max_num_batched_tokens=budget, async_scheduling=scheduling)
+    bench = Bench(checkpoint, booted, reference)
     requests = mixed_requests(bench, 6)
     outputs = bench.run(requests)
     for request in requests:
         assert outputs[request.request_id] == bench.expected(request)
 
 
-def test_forced_preemption_equals_generate(checkpoint, reference) -> None:
+@pytest.mark.parametrize("scheduling", ["off", "on"])
+def test_forced_preemption_equals_generate(checkpoint, reference, scheduling: str) -> None:
     """Blocks for little more than one long request: most of the batch is preempted at least once."""
-    bytes_per_block = 2 * 2 * 4 * 2 * 16 * 8
-    booted = boot_engine(checkpoint, max_model_len=160, block_size=4, kv_cache_memory=50 * bytes_per_block)
+    memory = 50 * 2 * 2 * 4 * 2 * 16 * 8
+    booted = boot_engine(
+        checkpoint, max_model_len=160, block_size=4, kv_cache_memory=memory, async_scheduling=scheduling
+    )
     bench = Bench(checkpoint, booted, reference)
     requests = mixed_requests(bench, 8, max_tokens=30)
     outputs = bench.run(requests)
@@ -165,14 +172,14 @@ class TestNegativeControls:
         return any(outputs[request.request_id] != bench.expected(request) for request in requests)
 
     def test_shuffled_block_table(self, bench: Bench, monkeypatch) -> None:
-        original = bench.engine.runner._metadata
+        original = model_runner.lay_out
 
         def shuffled(*args):
-            metadata = original(*args)
-            metadata.block_tables[:, :2] = metadata.block_tables[:, :2].flip(-1)
-            return metadata
+            batch = original(*args)
+            batch.block_tables[:, :2] = batch.block_tables[:, :2][:, ::-1].copy()
+            return batch
 
-        monkeypatch.setattr(bench.engine.runner, "_metadata", shuffled)
+        monkeypatch.setattr(model_runner, "lay_out", shuffled)
         assert self.outputs_differ(bench)
 
     def test_wrong_positions(self, bench: Bench, monkeypatch) -> None:
@@ -186,7 +193,7 @@ class TestNegativeControls:
         model = bench.engine.runner.model
         wrapped = _Wrapped(model, model)
         wrapped.embed_multimodal = lambda pixel_values: [f.flip(0) for f in model.embed_multimodal(pixel_values)]
-        monkeypatch.setattr(bench.engine.runner, "model", wrapped)
+        monkeypatch.setattr(bench.engine.runner.encoder, "model", wrapped)
         assert self.outputs_differ(bench)
 
     def test_keys_not_written(self, bench: Bench, monkeypatch) -> None:

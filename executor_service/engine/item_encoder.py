@@ -1,0 +1,147 @@
+"""Media items through the model's encoder: their tensors to the device, normalised; their features back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from executor_service.engine.request import EngineItem
+from executor_service.engine.scheduler import ScheduledRequest
+from executor_service.kernels.normalize import normalize
+from registry import Normalization
+
+Failures = list[tuple[ScheduledRequest, Exception]]
+"""Requests whose items could not be encoded, and why."""
+
+
+class ItemMismatchError(ValueError):
+    """What the sender claimed of an item without a layout is not what the encoder makes of it."""
+
+
+class ItemEncoder:
+    """Encodes the items of a step. Work on a GPU is enqueued, not waited for.
+
+    Tensors go up on a stream of their own, beside what the device computes; the shared memory that they lie in must be
+    page-locked for that, and stay as it is until the step's results are known.
+    """
+
+    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self.model = model
+        self._device = device
+        self._dtype = dtype
+        self._tables: dict[Normalization, Tensor] = {}
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def feature_width(self) -> int:
+        """Elements of one encoder feature, which are those of a row of the token embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[-1])
+
+    def encode(self, items: Sequence[EngineItem]) -> None:
+        """Give every item its features; items of one modality with the same tensors go through together."""
+        for kind in dict.fromkeys(_kind(item) for item in items):
+            group = [item for item in items if _kind(item) == kind]
+            keywords: dict[str, Any] = {name: [self._tensor(item, name) for item in group] for name in group[0].tensors}
+            for name in group[0].layout.constants:
+                # On the host, whose numbers they are: a model that asked the device for them would wait for it.
+                keywords[name] = [torch.from_numpy(item.layout.constants[name]) for item in group]
+            for item, features in zip(group, self.model.embed_multimodal(**keywords), strict=True):
+                _check_features(features, item, self.feature_width)
+                # A copy, where the encoder's output is one tensor for several items: each is freed by itself.
+                item.features = features.clone() if len(group) > 1 else features
+
+    def encode_batch(self, batch: list[ScheduledRequest]) -> tuple[list[ScheduledRequest], Failures]:
+        """Encode all items at once; if that fails, one at a time, so that only the culprit's requests fail."""
+        items = [item for scheduled in batch for item in scheduled.items]
+        if not items:
+            return batch, []
+        began = time.monotonic()
+        try:
+            self.encode(items)
+        except Exception:  # tensors without a layout may make a model raise anything
+            if self._device.type == "cuda":
+                torch.cuda.synchronize()  # raises again if the device itself is lost: then nobody can be served
+            return self._encode_one_by_one(batch)
+        finally:
+            _note_encoding(batch, began)
+        return batch, []
+
+    def _encode_one_by_one(self, batch: list[ScheduledRequest]) -> tuple[list[ScheduledRequest], Failures]:
+        """Whoever needs an item that cannot be encoded fails, be it the one that was to encode it or not."""
+        errors: dict[int, Exception] = {}
+        for item in (item for scheduled in batch for item in scheduled.items):
+            try:
+                self.encode([item])
+            except Exception as error:
+                errors[id(item.encoded)] = _blame(error, item)
+        good, failed = list[ScheduledRequest](), Failures()
+        for scheduled in batch:
+            culprit = next((id(i.encoded) for i in scheduled.request.items if id(i.encoded) in errors), None)
+            if culprit is None:
+                good.append(scheduled)
+            else:
+                failed.append((scheduled, errors[culprit]))
+        return good, failed
+
+    def _tensor(self, item: EngineItem, name: str) -> Tensor:
+        """An item's tensor on the device in the model's dtype, normalised if its layout says so."""
+        tensor = self._upload(item.tensors[name])
+        normalization = item.layout.tensors[name].normalization
+        if normalization is not None:
+            return normalize(tensor, self._table(normalization), normalization.channel_axis, self._dtype)
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+    def _upload(self, tensor: Tensor) -> Tensor:
+        if self._copies is None:
+            return tensor
+        here = torch.cuda.current_stream()
+        with torch.cuda.stream(self._copies):
+            copied = tensor.to(self._device, non_blocking=True)
+        here.wait_stream(self._copies)
+        copied.record_stream(here)
+        return copied
+
+    def _table(self, normalization: Normalization) -> Tensor:
+        if normalization not in self._tables:
+            self._tables[normalization] = torch.from_numpy(normalization.table).to(self._device)
+        return self._tables[normalization]
+
+
+def _note_encoding(batch: Sequence[ScheduledRequest], began: float) -> None:
+    """Every request that had items in the step was in the encoder from `began` until now."""
+    ended = time.monotonic()
+    for scheduled in batch:
+        if scheduled.items:
+            request = scheduled.request
+            request.encode_began = request.encode_began or began
+            request.encode_ended = ended
+
+
+def _kind(item: EngineItem) -> tuple[str, ...]:
+    """Items of one kind have the same keywords."""
+    return (item.modality, *sorted(item.tensors), *sorted(item.layout.constants))
+
+
+def _blame(error: Exception, item: EngineItem) -> Exception:
+    """An ItemMismatchError where what failed was never attested: then it is the sender's."""
+    if isinstance(error, ItemMismatchError) or item.is_attested:
+        return error
+    return ItemMismatchError(f"the model does not take the item's tensors: {type(error).__name__}: {error}")
+
+
+def _check_features(features: Tensor, item: EngineItem, width: int) -> None:
+    """ValueError unless the encoder's output fits the item's places in the prompt."""
+    if not item.is_attested and len(features) != item.layout.num_tokens:
+        raise ItemMismatchError(
+            f"the encoder makes {len(features)} features of the {item.modality} item at token "
+            f"{item.placeholder.offset}; its range has {item.layout.num_tokens} places for them"
+        )
+    if tuple(features.shape) != (item.layout.num_tokens, width):
+        raise ValueError(
+            f"the encoder made features {list(features.shape)}; the layout and the embedding ask for "
+            f"{[item.layout.num_tokens, width]}"
+        )
