@@ -1,0 +1,193 @@
+"""Matrix products for a few rows, as decode steps have them: the weights stream once from memory, at the memory's rate.
+
+On Hopper and later, 16-bit weights go through a ring in shared memory to the tensor cores; the kernel asks for its
+first weights while the kernel before it on the stream still runs (programmatic dependent launch), so a weight must
+not be written by the kernel just before. Everything else takes a plain variant that is right but slow. A row's result
+never depends on the other rows, nor on how many there are while the variant stays the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from math import ceil
+from typing import Final
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor
+
+from executor_service.kernels.cuda.module import INT, POINTER, dtype_name, is_wide, kernel, num_multiprocessors
+from executor_service.kernels.library import define_op
+
+MAX_ROWS: Final = 16
+"""From here on cuBLAS is not slower."""
+_MIN_ELEMENTS: Final = 1 << 20
+"""Of a weight that is worth a kernel of its own."""
+_WARPS: Final = 8
+_COLUMNS: Final = 16 * _WARPS
+"""Each of the warps takes 16 columns at a time."""
+_TILE_ROWS: Final = 16
+_MAX_TILES: Final = 6
+_PAD_BYTES: Final = 16
+_SUMS_BYTES: Final = 2 * _WARPS * 8 * 20 * 4
+_SHARED_BYTES: Final = 110 * 1024
+"""Half of a multiprocessor's, so that the next kernel's blocks find room while this one's are still there."""
+
+
+def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """`x` [M, K], `weight` [N, K], `bias` [N], `residual` [M, N] -> [M, N]: `x @ weight.T + bias + residual`.
+
+    All of one dtype; summed in float32 and rounded once.
+    """
+    result: Tensor = SMALL_LINEAR(x, weight, bias, residual)
+    return result
+
+
+def small_linear_silu_mul(x: Tensor, gate_up: Tensor) -> Tensor:
+    """`x` [M, K], `gate_up` [2 * F, K] -> [M, F]: `silu(x @ gate.T) * (x @ up.T)`, `gate` the first F rows.
+
+    Both products, the activation and the result are rounded to the dtype, as `small_linear` and `silu_mul` do it.
+    """
+    result: Tensor = SMALL_LINEAR_SILU_MUL(x, gate_up)
+    return result
+
+
+def takes(rows: int, weight: Tensor) -> bool:
+    """Whether the product of so many rows of x with this weight is faster here than in cuBLAS."""
+    return rows <= MAX_ROWS and weight.numel() >= _MIN_ELEMENTS and weight.is_contiguous() and _streams(rows, weight)
+
+
+def _streams(rows: int, weight: Tensor) -> bool:
+    """Whether the streaming variant can have it."""
+    return (
+        weight.is_cuda
+        and rows <= MAX_ROWS
+        and weight.dtype.itemsize == 2
+        and weight.shape[1] % _COLUMNS == 0
+        and weight.shape[1] > 0
+        and weight.data_ptr() % 16 == 0
+        and _has_bulk_copies(weight.device.index)
+    )
+
+
+@cache
+def _has_bulk_copies(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    wide = x.dtype if x.dtype.itemsize >= 4 else torch.float32
+    result = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    return (result if residual is None else result + residual.to(wide)).to(x.dtype)
+
+
+def _silu_mul_cpu(x: Tensor, gate_up: Tensor) -> Tensor:
+    gate, up = _linear_cpu(x, gate_up, None, None).chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def _linear_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    if out.numel():
+        _launch("plain", x.contiguous(), weight.contiguous(), bias, residual, out)
+    return out
+
+
+def _silu_mul_cuda(x: Tensor, gate_up: Tensor) -> Tensor:
+    out = x.new_empty((x.shape[0], gate_up.shape[0] // 2))
+    if out.numel():
+        _launch("gated", x.contiguous(), gate_up.contiguous(), None, None, out)
+    return out
+
+
+def _launch(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+    rows, width = x.shape
+    if width != weight.shape[1]:
+        raise ValueError(f"x has {width} columns, the weight {weight.shape[1]}")
+    is_aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
+    if is_aligned and _streams(rows, weight):
+        launch = _streaming(kind, rows, out.shape[1], width, x.dtype, weight.device.index)
+    else:
+        access = "wide" if is_aligned and is_wide(x.dtype, width) else "single"
+        launch = _plain(f"{dtype_name(x.dtype)}_{kind}_{access}", rows, out.shape[1], width)
+    extra = [0 if tensor is None else tensor.contiguous() for tensor in (bias, residual)]
+    launch(x, weight, *extra, out)
+
+
+_POINTERS: Final = (POINTER,) * 5
+"""x, weight, bias, residual, out."""
+
+
+@cache
+def _streaming(kind: str, rows: int, features: int, width: int, dtype: torch.dtype, device: int) -> Callable[..., None]:
+    """The launch of the streaming variant, tensors left to be given."""
+    ring = _Ring.of(rows, features, 8 if kind == "gated" else _TILE_ROWS, device)
+    name = f"small_linear_{dtype_name(dtype)}_{kind}_{ring.piece}_{ring.groups}"
+    launch = kernel("small_linear", name, (*_POINTERS, *(INT,) * 7), ring.shared_bytes(rows), is_dependent=True)
+    numbers = (rows, features, width, ring.stages, ring.input_stages, ring.prefetched, ring.lead)
+    grid, threads = (num_multiprocessors(device),), 32 * (_WARPS + 1)
+    return lambda *tensors: launch(grid, threads, *tensors, *numbers)
+
+
+@cache
+def _plain(variant: str, rows: int, features: int, width: int) -> Callable[..., None]:
+    """The launch of the variant for all sizes and dtypes."""
+    launch = kernel("small_linear_any", f"small_linear_any_{variant}", (*_POINTERS, *(INT,) * 3), is_dependent=True)
+    grid = (ceil(features / 8), ceil(rows / 8))
+    return lambda *tensors: launch(grid, 256, *tensors, rows, features, width)
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """How shared memory is divided: stages of 16 rows of `piece` columns of the weight, and of all rows of x."""
+
+    groups: int
+    piece: int
+    stages: int
+    input_stages: int
+    prefetched: int = 8
+    lead: int = 0
+
+    @classmethod
+    def of(cls, rows: int, features: int, units: int, device: int) -> _Ring:
+        """As many stages as there is room for; enough of x that the weights never wait for it."""
+        groups = 1 if rows <= 8 else 2
+        piece = 512 if groups == 1 else 256
+        tiles = ceil(ceil(features / num_multiprocessors(device)) / units)
+        tiles = ceil(tiles / ceil(tiles / _MAX_TILES))
+        stages = 2
+        while cls(groups, piece, stages + 1, ceil(stages / tiles) + 1).shared_bytes(rows) <= _SHARED_BYTES:
+            stages += 1
+        return cls(groups, piece, stages, ceil((stages - 1) / tiles) + 1)
+
+    def shared_bytes(self, rows: int) -> int:
+        """Of a block: both rings, the warps' sums, and two barriers of 8 bytes per stage."""
+        pitch = 2 * self.piece + _PAD_BYTES
+        data = (self.stages * _TILE_ROWS + self.input_stages * rows) * pitch
+        return data + _SUMS_BYTES + 16 * (self.stages + self.input_stages)
+
+
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    torch._check(x.shape[1] == weight.shape[1])
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _silu_mul_fake(x: Tensor, gate_up: Tensor) -> Tensor:
+    torch._check(x.shape[1] == gate_up.shape[1])
+    return x.new_empty((x.shape[0], gate_up.shape[0] // 2))
+
+
+SMALL_LINEAR: Final = define_op(
+    "small_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor",
+    cpu=_linear_cpu,
+    fake=_linear_fake,
+    cuda=_linear_cuda,
+)
+SMALL_LINEAR_SILU_MUL: Final = define_op(
+    "small_linear_silu_mul(Tensor x, Tensor gate_up) -> Tensor",
+    cpu=_silu_mul_cpu,
+    fake=_silu_mul_fake,
+    cuda=_silu_mul_cuda,
+)
