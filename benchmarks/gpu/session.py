@@ -1,0 +1,99 @@
+"""Parts of a benchmark in processes of their own: one that fails or hangs costs its own figures and no others.
+
+A part writes what it has to a JSON file after every figure, so that what it had measured by then is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PATIENCE_SECONDS = 10.0
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class Sheet:
+    """Figures of one process, on disk after every change."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.figures: dict[str, Any] = {}
+
+    def note(self, name: str, value: Any) -> None:
+        """Add a figure."""
+        self.figures[name] = value
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.figures), "utf-8")
+        temporary.replace(self._path)
+
+    def measure(self, name: str, part: Callable[[], Any]) -> bool:
+        """Note what a part returns, or how it failed; False if it failed."""
+        began = time.perf_counter()
+        try:
+            value = part()
+        except Exception as error:  # one part's failure must not cost the others
+            traceback.print_exc()
+            self.note(name, {"error": f"{type(error).__name__}: {error}"[:500]})
+            return False
+        finally:
+            print(f"[{name}: {time.perf_counter() - began:.1f} s]", flush=True)
+        self.note(name, value)
+        return True
+
+
+def run_module(module: str, *flags: str, sheet: Path, limit: float) -> dict[str, Any]:
+    """What `python -m MODULE FLAGS --sheet FILE` has noted by its end, at the latest after `limit` seconds."""
+    command = [sys.executable, "-m", module, *flags, "--sheet", str(sheet)]
+    sheet.unlink(missing_ok=True)
+    ended = run(command, limit)
+    figures: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        figures = json.loads(sheet.read_text("utf-8"))
+    return {**figures, **ended}
+
+
+def run(
+    command: Sequence[str], limit: float, environment: Mapping[str, str] | None = None, log: Path | None = None
+) -> dict[str, Any]:
+    """Run a command and everything that it starts for at most `limit` seconds; how it failed, empty if it did not."""
+    began = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(log.open("w")) if log else None
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **(environment or {})}, start_new_session=True, stdout=output,
+            stderr=subprocess.STDOUT if output else None,
+        )  # fmt: skip
+        try:
+            code: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end(process)
+    if code is None:
+        return {"error": f"not done after {limit:g} s"}
+    return {"error": f"exit code {code} after {time.perf_counter() - began:.0f} s"} if code else {}
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the process and its group: what hangs keeps the GPU's memory from whatever comes next."""
+    with contextlib.suppress(ProcessLookupError):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)  # so that it ends the services it has started
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE_SECONDS)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def exit_when_told() -> None:
+    """SIGTERM as an exception, so that whoever has started services ends them."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))

@@ -1,0 +1,117 @@
+"""A steady decode run: what the host needs for a step, what the device needs, and how long the device is idle."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+
+from benchmarks.gpu.workload import Driver
+
+WARM_STEPS: Final = 8
+STEPS: Final = 40
+NUM_NAMES: Final = 12
+"""Kernels listed in the result, the longest first."""
+
+
+def steady_decode(driver: Driver, batch: int, side: int) -> dict[str, Any]:
+    """Two windows of steps in which `batch` requests decode and nothing else happens.
+
+    The first is timed as it is; waiting for the device is what the host spends in `synchronize`. The second is
+    profiled: the device is idle where no kernel runs, between the window's first and last.
+    """
+    requests = driver.requests(batch, side, seed=7)
+    steps = driver.decoding(requests)
+    for _ in range(WARM_STEPS):
+        next(steps)
+    with Waiting() as waiting:
+        began = time.perf_counter()
+        for _ in range(STEPS):
+            next(steps)
+        seconds = time.perf_counter() - began
+    figures = {
+        "batch": batch,
+        "step_ms": 1000 * seconds / STEPS,
+        "host_ms": 1000 * (seconds - waiting.seconds) / STEPS,
+        "waiting_ms": 1000 * waiting.seconds / STEPS,
+        "profiled": profiled(steps) if driver.is_cuda else None,
+    }
+    driver.abandon(requests)
+    return figures
+
+
+class Waiting:
+    """Counts the seconds that this process spends in torch's calls that wait for the device, while it is entered."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._originals = [(owner, owner.synchronize) for owner in (torch.cuda.Event, torch.cuda.Stream, torch.cuda)]
+
+    def __enter__(self) -> Waiting:
+        for owner, original in self._originals:
+            setattr(owner, "synchronize", self._timed(original))  # noqa: B010 - it may be a class or a module
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for owner, original in self._originals:
+            setattr(owner, "synchronize", original)  # noqa: B010
+
+    def _timed(self, original: Any) -> Any:
+        def synchronize(*arguments: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return original(*arguments)
+            finally:
+                self.seconds += time.perf_counter() - began
+
+        return synchronize
+
+
+def profiled(steps: Iterator[None]) -> dict[str, Any]:
+    """Kernels of STEPS steps: how long any of them runs, how long none does, and the longest by name."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(STEPS):
+            next(steps)
+        torch.cuda.synchronize()
+    events = profiler.profiler.kineto_results.events()
+    device = torch.autograd.DeviceType.CUDA
+    kernels = sorted(
+        (event.start_ns(), event.start_ns() + event.duration_ns(), event.name())
+        for event in events
+        if event.device_type() == device and not event.name().startswith(("Memcpy", "Memset"))
+    )
+    if not kernels:
+        return {"error": "the profiler saw no kernel"}
+    span, busy = kernels[-1][1] - kernels[0][0], _union(kernels)
+    return {
+        "num_kernels_per_step": len(kernels) / STEPS,
+        "busy_ms": busy / 1e6 / STEPS,
+        "span_ms": span / 1e6 / STEPS,
+        "idle_share": 1 - busy / span,
+        "kernels": _by_name(kernels),
+    }
+
+
+def _union(intervals: list[tuple[int, int, str]]) -> int:
+    """Nanoseconds in which at least one of the sorted intervals runs."""
+    total, reached = 0, intervals[0][0]
+    for begin, end, _ in intervals:
+        total += max(0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _by_name(kernels: list[tuple[int, int, str]]) -> dict[str, dict[str, float]]:
+    """Launches and milliseconds per step of the kernels that take longest."""
+    sums: dict[str, list[int]] = {}
+    for begin, end, name in kernels:
+        entry = sums.setdefault(name[:120], [0, 0])
+        entry[0] += 1
+        entry[1] += end - begin
+    longest = sorted(sums.items(), key=lambda item: -item[1][1])[:NUM_NAMES]
+    return {name: {"launches": count / STEPS, "ms": ns / 1e6 / STEPS} for name, (count, ns) in longest}
