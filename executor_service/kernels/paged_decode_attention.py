@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from executor_service.kernels.cuda.module import FLOAT, INT, POINTER, Kernel, dtype_name, kernel, num_multiprocessors
 from executor_service.kernels.library import define_op
 from executor_service.kernels.paged_rows import attend, gather_rows
+
+_STREAMED_DTYPES: Final = (torch.float16, torch.bfloat16)
+_STREAMED_DIMS: Final = (64, 128)
+_MAX_DIM: Final = 256
+_HEADS_PER_PASS: Final = 8
+_MAX_ITEMS: Final = 1 << 16
+_MAX_LEAVES: Final = 32
+_GENERAL_THREADS: Final = 256
+_POINTERS: Final = (POINTER,) * 6
+_STREAM_TYPES: Final = (*_POINTERS, POINTER, INT, INT, INT, INT, INT, FLOAT, FLOAT, INT, INT)
+_GENERAL_TYPES: Final = (*_POINTERS, INT, INT, INT, INT, INT, FLOAT, FLOAT, INT)
 
 
 def paged_decode_attention(
@@ -60,6 +75,110 @@ def _cpu(
     out.copy_(attended.masked_fill_((seq_lens == 0)[:, None, None], 0.0))
 
 
+@dataclass(frozen=True)
+class Variant:
+    """How the streaming kernel is built and launched: warps of a block, tiles that its copies run ahead, blocks."""
+
+    num_warps: int
+    num_stages: int
+    blocks_each: int
+    """Blocks per multiprocessor."""
+
+    def shared_bytes(self, head_dim: int) -> int:
+        """As the kernel lays it out: keys and values, queries, two tiles of scores."""
+        tile, row = 16 * self.num_warps, 2 * head_dim
+        return self.num_stages * (2 * tile + _HEADS_PER_PASS) * row + 2 * _HEADS_PER_PASS * (tile + 8) * 4
+
+
+@dataclass(frozen=True)
+class _Launch:
+    kernel: Kernel
+    grid: tuple[int]
+    num_threads: int
+    num_processors: int
+    num_partials: int
+    """Floats that the kernel needs for partial results."""
+
+
+def launch(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    sliding_window: int,
+    softcap: float,
+    out: Tensor,
+    variant: Variant | None = None,
+) -> None:
+    """The op on a GPU; a `variant` other than what this GPU gets by itself is for benchmarks.
+
+    Exponentials are powers of two in the kernels, so scores are scaled by log2(e) too.
+    """
+    batch, num_heads, head_dim = query.shape
+    _, block_size, num_kv_heads, _ = k_cache.shape
+    if not batch:
+        return
+    log2e = math.log2(math.e)
+    factors = (scale / softcap, softcap * log2e) if softcap else (scale * log2e, 0.0)
+    pointers = (query.contiguous(), k_cache, v_cache, block_tables, seq_lens, out)
+    if _is_streamed(query.dtype, batch, num_heads, num_kv_heads, head_dim, block_size):
+        stream = _streaming(query.dtype, num_heads, num_kv_heads, head_dim, query.device.index, variant)
+        partials = torch.empty(stream.num_partials, dtype=torch.float32, device=query.device)
+        stream.kernel(
+            stream.grid, stream.num_threads, *pointers, partials, batch, num_heads, num_kv_heads,
+            block_size.bit_length() - 1, block_tables.stride(0), *factors, sliding_window, stream.num_processors,
+        )  # fmt: skip
+    else:
+        _general(query.dtype, head_dim)(
+            (batch, num_heads), _GENERAL_THREADS, *pointers, num_heads, num_kv_heads, head_dim, block_size,
+            block_tables.stride(0), *factors, sliding_window,
+        )  # fmt: skip
+
+
+@cache
+def _is_streamed(
+    dtype: torch.dtype, batch: int, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int
+) -> bool:
+    """Whether the streaming kernel takes it; the general one takes the rest."""
+    items = batch * num_kv_heads * -(-num_heads // num_kv_heads // _HEADS_PER_PASS)
+    is_power = block_size >= 16 and not block_size & (block_size - 1)
+    return dtype in _STREAMED_DTYPES and head_dim in _STREAMED_DIMS and is_power and items <= _MAX_ITEMS
+
+
+@cache
+def _streaming(
+    dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, device: int, variant: Variant | None = None
+) -> _Launch:
+    variant = variant or _variant(head_dim, device)
+    processors = num_multiprocessors(device)
+    name = f"paged_decode_attention_{dtype_name(dtype)}_{head_dim}_{variant.num_warps}_{variant.num_stages}"
+    launch = kernel("paged_decode_attention", name, _STREAM_TYPES, variant.shared_bytes(head_dim), is_dependent=True)
+    blocks = processors * variant.blocks_each
+    heads = min(_HEADS_PER_PASS, num_heads // num_kv_heads)
+    partials = blocks * (_MAX_LEAVES + 1) * heads * (head_dim + 4)
+    return _Launch(launch, (blocks,), 32 * variant.num_warps, processors, partials)
+
+
+def _variant(head_dim: int, device: int) -> Variant:
+    """What was fastest where it fits: shared memory of a multiprocessor, 1 KiB of it the system's for each block."""
+    available = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    for stages in (3, 2):
+        bytes_each = Variant(4, stages, 1).shared_bytes(head_dim) + 2048
+        if 2 * bytes_each <= available:
+            return Variant(4, stages, min(3, available // bytes_each))
+    return Variant(4, 2, 1)
+
+
+@cache
+def _general(dtype: torch.dtype, head_dim: int) -> Kernel:
+    if head_dim > _MAX_DIM:
+        raise ValueError(f"paged_decode_attention takes heads of at most {_MAX_DIM}, not of {head_dim}")
+    name = f"paged_decode_attention_{dtype_name(dtype)}"
+    return kernel("paged_decode_attention", name, _GENERAL_TYPES, is_dependent=True)
+
+
 def _fake(*_: object) -> None:
     return None
 
@@ -69,4 +188,5 @@ PAGED_DECODE_ATTENTION: Final = define_op(
     "float scale, int sliding_window, float softcap, Tensor(a!) out) -> ()",
     cpu=_cpu,
     fake=_fake,
+    cuda=launch,
 )

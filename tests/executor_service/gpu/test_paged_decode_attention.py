@@ -1,0 +1,147 @@
+"""Decode attention on the GPU against float64 formulas, and what a request's result may not depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from executor_service.kernels.paged_decode_attention import paged_decode_attention
+from tests.executor_service.gpu.tensors import DTYPES, SEEDS, close, poison
+
+pytestmark = pytest.mark.gpu
+
+HEADS = st.sampled_from([(1, 1), (4, 4), (32, 32), (6, 2), (32, 8), (8, 1), (12, 1), (20, 2)])
+LENGTHS = st.lists(st.one_of(st.integers(0, 70), st.integers(0, 1500), st.integers(2000, 9000)), min_size=1, max_size=6)
+
+
+@dataclass
+class Batch:
+    """Requests whose blocks are scattered over caches that hold NaN wherever no token is."""
+
+    query: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    block_tables: Tensor
+    seq_lens: Tensor
+
+    def attend(self, window: int = 0, softcap: float = 0.0, scale: float = 0.1) -> Tensor:
+        out = torch.full_like(self.query, float("nan"))
+        poison()
+        paged_decode_attention(
+            self.query, self.k_cache, self.v_cache, self.block_tables, self.seq_lens, scale, window, softcap, out
+        )
+        return out
+
+    def formula(self, window: int = 0, softcap: float = 0.0, scale: float = 0.1) -> Tensor:
+        """Softmax of scores times values, in float64, one request after the other."""
+        out = torch.zeros(self.query.shape, dtype=torch.float64, device="cuda")
+        repeats = self.query.shape[1] // self.k_cache.shape[2]
+        for row, length in enumerate(self.seq_lens.tolist()):
+            start = max(0, length - window) if window else 0
+            if not length:
+                continue
+            rows = [cache[self.block_tables[row].long()].flatten(0, 1) for cache in (self.k_cache, self.v_cache)]
+            keys, values = (r[start:length].double().repeat_interleave(repeats, 1) for r in rows)
+            scores = torch.einsum("hd,thd->ht", self.query[row].double(), keys) * scale
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            out[row] = torch.einsum("ht,thd->hd", scores.softmax(-1), values)
+        return out
+
+
+def make(lengths: list[int], heads: tuple[int, int], dim: int, block_size: int, dtype: torch.dtype, seed: int) -> Batch:
+    """Every request's numbers depend on its own length and the seed alone."""
+    needed = [-(-length // block_size) for length in lengths]
+    num_blocks = sum(needed) + 3
+    order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).cuda()
+    caches = [
+        torch.full((num_blocks, block_size, heads[1], dim), float("nan"), dtype=dtype, device="cuda") for _ in "kv"
+    ]
+    tables = order[-1].to(torch.int32).repeat(len(lengths), max(1, *needed)).contiguous()
+    queries, at = [], 0
+    for row, (length, count) in enumerate(zip(lengths, needed, strict=True)):
+        blocks = order[at : at + count]
+        at += count
+        tables[row, :count] = blocks.to(torch.int32)
+        numbers = torch.Generator("cuda").manual_seed(seed * 10007 + length)
+        queries.append(torch.randn(heads[0], dim, generator=numbers, device="cuda"))
+        places = torch.arange(length, device="cuda")
+        for cache in caches:
+            values = torch.randn(length, heads[1], dim, generator=numbers, device="cuda").to(dtype)
+            cache[blocks[places // block_size], places % block_size] = values
+    lens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    return Batch(torch.stack(queries).to(dtype), *caches, tables, lens)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    LENGTHS, HEADS, st.sampled_from([64, 128]), st.sampled_from([16, 32, 64]), st.sampled_from([0, 1, 40, 1000]),
+    st.sampled_from([0.0, 3.0]), st.sampled_from([torch.float16, torch.bfloat16]), SEEDS,
+)  # fmt: skip
+def test_streaming(lengths, heads, dim: int, block_size: int, window: int, softcap: float, dtype, seed: int) -> None:
+    batch = make(lengths, heads, dim, block_size, dtype, seed)
+    close(batch.attend(window, softcap), batch.formula(window, softcap))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 300), min_size=1, max_size=4), st.sampled_from([(1, 1), (4, 4), (6, 2)]),
+    st.sampled_from([1, 16, 80, 128, 256]), st.sampled_from([1, 3, 16, 24]), st.sampled_from([0, 1, 40]),
+    st.sampled_from([0.0, 3.0]), DTYPES, SEEDS,
+)  # fmt: skip
+def test_all_shapes(lengths, heads, dim: int, block_size: int, window: int, softcap: float, dtype, seed: int) -> None:
+    """Those that the streaming kernel does not take among them."""
+    batch = make(lengths, heads, dim, block_size, dtype, seed)
+    close(batch.attend(window, softcap), batch.formula(window, softcap))
+
+
+@pytest.mark.parametrize("heads", [(32, 32), (32, 8), (2, 1)])
+def test_a_request_is_answered_alike_in_every_batch(heads) -> None:
+    """Bit for bit, alone or among others of any length, empty ones too."""
+    lengths = [700, 2048, 63, 0, 8192, 1, 64, 65, 5000, 700]
+    together = make(lengths, heads, 128, 16, torch.bfloat16, 5).attend()
+    for row, length in enumerate(lengths):
+        for others in ([], [3000], [0, 17, 17, 17]):
+            alone = make([length, *others], heads, 128, 16, torch.bfloat16, 5).attend()
+            assert torch.equal(alone[0], together[row])
+    assert torch.equal(together[0], together[-1])
+
+
+@pytest.mark.parametrize("size", [1, 5, 300])
+def test_a_captured_graph_serves_other_lengths(size: int) -> None:
+    """Nothing in the launch depends on lengths; each replay leaves the counters as it found them."""
+    batch = make([800] * size, (8, 2), 128, 16, torch.bfloat16, 1)
+    batch.attend()
+    out = torch.empty_like(batch.query)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        paged_decode_attention(
+            batch.query, batch.k_cache, batch.v_cache, batch.block_tables, batch.seq_lens, 0.1, 0, 0.0, out
+        )
+    for seed in range(4):
+        chosen = torch.randint(0, 801, (size,), generator=torch.Generator().manual_seed(seed)).to(torch.int32)
+        batch.seq_lens.copy_(chosen)
+        for _ in range(3):
+            out.fill_(float("nan"))
+            graph.replay()
+            close(out, batch.formula())
+
+
+def test_float64_is_refused() -> None:
+    batch = make([5], (2, 1), 16, 16, torch.float64, 0)
+    with pytest.raises(TypeError, match="float64"):
+        batch.attend()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype: torch.dtype) -> None:
+    batch = make([9, 20, 0], (4, 2), 64, 16, dtype, 0)
+    for cache in (batch.k_cache, batch.v_cache):
+        cache.nan_to_num_()  # opcheck compares inputs before and after
+    arguments = (batch.query, batch.k_cache, batch.v_cache, batch.block_tables, batch.seq_lens, 0.1, 0, 0.0)
+    torch.library.opcheck(torch.ops.diptych.paged_decode_attention.default, (*arguments, torch.empty_like(batch.query)))
