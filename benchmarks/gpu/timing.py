@@ -13,23 +13,27 @@ from executor_service.kernels.cuda.module import INT, LONG, POINTER, kernel, num
 
 CEILING_BYTES = 4 << 30
 PASSES = 7
+MAX_SETS = 1000
 
 
 def rotating_copies(make: Callable[[], Sequence[Tensor]], num_bytes: int) -> list[Sequence[Tensor]]:
-    """As many sets of inputs as fill the L2 cache four times over, at least two."""
+    """As many sets of inputs as fill the L2 cache four times over, at least two; at most `MAX_SETS`."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return [make() for _ in range(max(2, -(-4 * cache // max(num_bytes, 1))))]
+    return [make() for _ in range(min(max(2, -(-4 * cache // max(num_bytes, 1))), MAX_SETS))]
 
 
 def seconds_each(calls: Sequence[Callable[[], object]], min_seconds: float = 0.02) -> list[float]:
-    """Seconds of one call, `PASSES` times: replays of a graph of all calls, repeated for at least `min_seconds`."""
-    for call in calls:
+    """Seconds of one call, `PASSES` times: replays of a graph of all calls, repeated for at least `min_seconds`.
+
+    Results stay until the end, so that each call writes memory of its own.
+    """
+    for call in calls[:2]:
         call()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph, results = torch.cuda.CUDAGraph(), list[object]()
     with torch.cuda.graph(graph):
         for call in calls:
-            call()
+            results.append(call())
     once = _replay(graph, 1)
     repeats = max(1, round(min_seconds / max(once, 1e-6)))
     return [_replay(graph, repeats) / repeats / len(calls) for _ in range(PASSES)]

@@ -1,0 +1,38 @@
+"""Image patches on the CPU: the rows with which a convolution becomes a matrix product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from executor_service.kernels.image_patches import image_patches
+from executor_service.kernels.normalize import normalize
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 3), st.sampled_from([1, 3]), st.integers(1, 4), st.integers(4, 13), st.integers(4, 13),
+    st.integers(0, 5), st.integers(0, 2**16),
+)  # fmt: skip
+def test_a_product_with_them_is_the_convolution(
+    num_tiles: int, num_channels: int, patch: int, height: int, width: int, padding: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tiles = torch.randint(256, (num_tiles, num_channels, height, width), generator=generator, dtype=torch.uint8)
+    table = torch.randn(num_channels, 256, generator=generator)
+    weight = torch.randn(5, num_channels, patch, patch, generator=generator, dtype=torch.float64)
+    columns = num_channels * patch * patch
+    rows = image_patches(tiles, table, patch, columns + padding, torch.float64)
+    assert (rows[:, columns:] == 0).all()
+    product = rows[:, :columns] @ weight.flatten(1).T
+    expected = F.conv2d(normalize(tiles, table, 1, torch.float64), weight, stride=patch)
+    torch.testing.assert_close(product, expected.permute(0, 2, 3, 1).reshape(-1, 5), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype: torch.dtype) -> None:
+    tiles, table = torch.randint(256, (2, 3, 9, 8), dtype=torch.uint8), torch.randn(3, 256)
+    torch.library.opcheck(torch.ops.diptych.image_patches.default, (tiles, table, 4, 50, dtype))
