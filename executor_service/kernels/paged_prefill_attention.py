@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Final
+import itertools
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
+from executor_service.kernels.cuda.module import (
+    BY_VALUE,
+    FLOAT,
+    INT,
+    LONG,
+    POINTER,
+    dtype_name,
+    kernel,
+    num_multiprocessors,
+)
 from executor_service.kernels.library import define_op
 from executor_service.kernels.paged_rows import attend, gather_rows
+
+_SOURCE: Final = "paged_prefill_attention"
+_ROWS: Final = 128
+"""Queries that one block of the tensor core kernels has at a time."""
+_KEYS: Final = 128
+_GENERAL_WARPS: Final = 4
+_MMA_KEYS: Final = 64
+_WGMMA_THREADS: Final = 384
+_TENSOR_CORE_HEADS: Final = (64, 128)
+_KEPT_MAPS: Final = 1024
+_NUM_COUNTERS: Final = 256
+_KEPT: Final[list[Tensor]] = []
 
 
 def paged_prefill_attention(
@@ -72,6 +97,135 @@ def _causal_mask(num_queries: int, length: int, sliding_window: int) -> Tensor:
     return mask & (places > ends - sliding_window) if sliding_window else mask
 
 
+def _cuda(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    cu_seqlens: Tensor,
+    seq_lens: Tensor,
+    max_query_len: int,
+    scale: float,
+    sliding_window: int,
+    softcap: float,
+    out: Tensor,
+) -> None:
+    num_requests = len(seq_lens)
+    if num_requests and max_query_len:
+        _, block_size, _, head_dim = k_cache.shape
+        launch = _launcher(query.device.index, query.dtype, head_dim, block_size)
+        launch(
+            (query, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, out), (num_requests, max_query_len),
+            (scale, sliding_window, softcap),
+        )  # fmt: skip
+
+
+_Launch = Callable[[tuple[Tensor, ...], tuple[int, int], tuple[float, int, float]], None]
+"""Takes the tensors, the sizes of the batch, and what of attention is no tensor; see `_cuda`."""
+
+
+@cache
+def _launcher(device: int, dtype: torch.dtype, head_dim: int, block_size: int) -> _Launch:
+    """The kernel for a GPU and what is stored in the cache, ready to be launched."""
+    if dtype == torch.float32 or head_dim not in _TENSOR_CORE_HEADS:
+        return _general(dtype)
+    hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    if hopper and block_size >= 8 and block_size & (block_size - 1) == 0:
+        return _wgmma(device, dtype, head_dim)
+    return _mma(dtype, head_dim)
+
+
+def _general(dtype: torch.dtype) -> _Launch:
+    types = (*[POINTER] * 7, INT, INT, INT, LONG, FLOAT, INT, FLOAT)
+    run = kernel(_SOURCE, f"{_SOURCE}_{dtype_name(dtype)}", types, is_dependent=True)
+
+    def launch(tensors: tuple[Tensor, ...], sizes: tuple[int, int], numbers: tuple[float, int, float]) -> None:
+        query, k_cache, _, block_tables, *_ = tensors
+        _, block_size, num_kv_heads, head_dim = k_cache.shape
+        grid = (-(-sizes[1] // _GENERAL_WARPS), query.shape[1], sizes[0])
+        run(grid, 32 * _GENERAL_WARPS, *tensors, num_kv_heads, head_dim, block_size, block_tables.stride(0), *numbers)
+
+    return launch
+
+
+def _mma(dtype: torch.dtype, head_dim: int) -> _Launch:
+    types = (*[POINTER] * 7, INT, INT, LONG, FLOAT, INT, FLOAT)
+    shared_bytes = (_ROWS + 4 * _MMA_KEYS) * head_dim * dtype.itemsize
+    name = f"{_SOURCE}_mma_{dtype_name(dtype)}_{head_dim}"
+    run = kernel(f"{_SOURCE}_mma", name, types, shared_bytes, is_dependent=True)
+
+    def launch(tensors: tuple[Tensor, ...], sizes: tuple[int, int], numbers: tuple[float, int, float]) -> None:
+        query, k_cache, _, block_tables, *_ = tensors
+        _, block_size, num_kv_heads, _ = k_cache.shape
+        grid = (query.shape[1], -(-sizes[1] // _ROWS), sizes[0])
+        run(grid, 2 * _ROWS, *tensors, num_kv_heads, block_size, block_tables.stride(0), *numbers)
+
+    return launch
+
+
+def _wgmma(device: int, dtype: torch.dtype, head_dim: int, kind: str = "") -> _Launch:
+    types = (BY_VALUE, BY_VALUE, *[POINTER] * 6, INT, INT, INT, INT, LONG, FLOAT, INT, FLOAT)
+    shared_bytes = (2 * _ROWS + 4 * _KEYS) * head_dim * dtype.itemsize + 2048
+    name = f"{_SOURCE}_wgmma_{dtype_name(dtype)}_{head_dim}{kind}"
+    run = kernel(f"{_SOURCE}_wgmma", name, types, shared_bytes, is_dependent=True)
+    num_blocks, counters = num_multiprocessors(device), itertools.cycle(_counters(device))
+
+    def launch(tensors: tuple[Tensor, ...], sizes: tuple[int, int], numbers: tuple[float, int, float]) -> None:
+        query, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, out = tensors
+        shape, num_heads = k_cache.shape, query.shape[1]
+        k_map, v_map = _tensor_map(k_cache.data_ptr(), shape, dtype), _tensor_map(v_cache.data_ptr(), shape, dtype)
+        grid = (min(num_blocks, sizes[0] * -(-sizes[1] // _ROWS) * num_heads),)
+        run(
+            grid, _WGMMA_THREADS, k_map, v_map, query, block_tables, cu_seqlens, seq_lens, out, next(counters),
+            sizes[0], num_heads, shape[2], shape[1], block_tables.stride(0), *numbers,
+        )  # fmt: skip
+
+    return launch
+
+
+@cache
+def _counters(device: int) -> list[int]:
+    """Addresses of zeros, which a launch counts with and leaves behind; many, since two streams must not share one."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("prefill attention has to run once before a graph of it is captured")
+    numbers = torch.zeros(_NUM_COUNTERS, dtype=torch.int32, device=f"cuda:{device}")
+    torch.cuda.synchronize(device)
+    _KEPT.append(numbers)
+    return list(range(numbers.data_ptr(), numbers.data_ptr() + numbers.nbytes, numbers.itemsize))
+
+
+@lru_cache(_KEPT_MAPS)
+def _tensor_map(address: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Any:
+    """How a tensor copy finds a cache's boxes: 64 elements, 8 tokens, the halves of a head, one head, groups of tokens.
+
+    A box is at most one tile's tokens of one block; in shared memory its rows of 128 bytes are swizzled as the tensor
+    cores of Hopper read them.
+    """
+    from cuda.bindings import driver
+
+    num_blocks, block_size, num_heads, head_dim = shape
+    token_bytes = num_heads * head_dim * dtype.itemsize
+    types = driver.CUtensorMapDataType
+    is_bfloat16 = dtype == torch.bfloat16
+    box = (64, 8, head_dim // 64, 1, min(block_size, _KEYS) // 8)
+    status, tensor_map = driver.cuTensorMapEncodeTiled(
+        types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if is_bfloat16 else types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        len(box),
+        address,
+        [driver.cuuint64_t(n) for n in (64, 8, head_dim // 64, num_heads, num_blocks * block_size // 8)],
+        [driver.cuuint64_t(n) for n in (token_bytes, 128, head_dim * dtype.itemsize, 8 * token_bytes)],
+        [driver.cuuint32_t(n) for n in box],
+        [driver.cuuint32_t(1)] * len(box),
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if status.value:
+        raise RuntimeError(f"a cache of shape {shape} can have no tensor map: {status.name}")
+    return tensor_map
+
+
 def _fake(*_: object) -> None:
     return None
 
@@ -81,4 +235,5 @@ PAGED_PREFILL_ATTENTION: Final = define_op(
     "Tensor seq_lens, int max_query_len, float scale, int sliding_window, float softcap, Tensor(a!) out) -> ()",
     cpu=_cpu,
     fake=_fake,
+    cuda=_cuda,
 )

@@ -1,0 +1,163 @@
+// What all kernels of prefill attention share: the softmax of scores that arrive tile by tile, and who sees whom.
+//
+// The tensor cores leave scores in registers so: of 16 rows a warp has, a thread (lane / 4 = g, lane % 4 = q) holds
+// rows g and g + 8, and of every 8 columns those at 2q and 2q + 1: element 4j + 2r + e is row g + 8r, column 8j + 2q + e.
+#pragma once
+#include "numbers.cuh"
+
+namespace prefill {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
+
+__device__ __forceinline__ float exp2_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Two elements in one register, the first in the low half.
+template <typename T> __device__ __forceinline__ unsigned pair(float low, float high);
+
+template <> __device__ __forceinline__ unsigned pair<bfloat16>(float low, float high) {
+    unsigned both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
+template <> __device__ __forceinline__ unsigned pair<float16>(float low, float high) {
+    unsigned both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
+// One request's chunk and the keys that a tile of its queries sees.
+struct Chunk {
+    int begin, count, length;
+};
+
+__device__ __forceinline__ Chunk chunk_of(const int* cu_seqlens, const int* seq_lens, int request) {
+    const int begin = cu_seqlens[request];
+    return {begin, cu_seqlens[request + 1] - begin, seq_lens[request]};
+}
+
+// The first key that the query at `position` sees.
+__device__ __forceinline__ int first_key(int position, int window) {
+    return window && position >= window ? position - window + 1 : 0;
+}
+
+// How scores become exponents: softmax takes 2^(factor * (score - maximum)), after `cap` where there is one.
+struct Scaling {
+    float factor;  // of a score (of a capped one, if `inner` is not 0)
+    float inner;   // scale / softcap * 2 log2(e), or 0
+};
+
+__device__ __forceinline__ Scaling scaling_of(float scale, float softcap) {
+    if (softcap == 0.0f) return {scale * kLog2E, 0.0f};
+    return {softcap * kLog2E, 2.0f * kLog2E * scale / softcap};
+}
+
+// tanh(score * scale / softcap), by its definition: absolutely as exact as float32 lets it be, which is what counts.
+__device__ __forceinline__ float capped(float score, float inner) {
+    return 1.0f - __fdividef(2.0f, 1.0f + exp2_of(fminf(score * inner, 126.0f)));
+}
+
+template <int kCount> __device__ __forceinline__ void cap(float (&scores)[kCount], float inner) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) scores[i] = capped(scores[i], inner);
+}
+
+// Hides what rows may not see. `position` is that of the thread's first row, `key` the first of its columns.
+template <int kCount> __device__ __forceinline__ void mask(float (&scores)[kCount], int position, int key, int window) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        const int last = position + 8 * row - key;
+        const int before = window ? last - window : -(1 << 30);
+#pragma unroll
+        for (int i = 0; i < kCount / 4; ++i) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                float& score = scores[4 * i + 2 * row + e];
+                if (8 * i + e > last || 8 * i + e <= before) score = minus_infinity();
+            }
+        }
+    }
+}
+
+// A thread's two rows: the largest score so far, and its own share of the sum of exponentials.
+struct Rows {
+    float maximum[2] = {minus_infinity(), minus_infinity()};
+    float sum[2] = {0.0f, 0.0f};
+};
+
+__device__ __forceinline__ float largest_of_four_lanes(float value) {
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 1));
+    return fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2));
+}
+
+__device__ __forceinline__ float sum_of_four_lanes(float value) {
+    value += __shfl_xor_sync(kAllLanes, value, 1);
+    return value + __shfl_xor_sync(kAllLanes, value, 2);
+}
+
+// Scores become exponentials; `corrections` are what earlier sums and outputs of both rows are worth now.
+template <int kCount>
+__device__ __forceinline__ void exponentiate(
+    float (&scores)[kCount], Rows& rows, float factor, float (&corrections)[2]) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        float largest = fmaxf(scores[2 * row], scores[2 * row + 1]);
+#pragma unroll
+        for (int i = 1; i < kCount / 4; ++i)
+            largest = fmaxf(largest, fmaxf(scores[4 * i + 2 * row], scores[4 * i + 2 * row + 1]));
+        largest = fmaxf(rows.maximum[row], largest_of_four_lanes(largest));
+        // A row that has seen nothing yet keeps zeros: minus infinity less itself is no number.
+        const float shift = largest == minus_infinity() ? 0.0f : largest * factor;
+        corrections[row] = exp2_of(rows.maximum[row] * factor - shift);
+        rows.maximum[row] = largest;
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kCount / 4; ++i) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                float& score = scores[4 * i + 2 * row + e];
+                score = exp2_of(score * factor - shift);
+                sum += score;
+            }
+        }
+        rows.sum[row] = rows.sum[row] * corrections[row] + sum;
+    }
+}
+
+// The reciprocals of both rows' sums, which all lanes of a row know then.
+__device__ __forceinline__ void reciprocals(const Rows& rows, float (&inverse)[2]) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) inverse[row] = 1.0f / sum_of_four_lanes(rows.sum[row]);
+}
+
+template <int kCount> __device__ __forceinline__ void scale_rows(float (&out)[kCount], const float (&factors)[2]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) out[i] *= factors[i / 2 % 2];
+}
+
+// Results of a product as the first operand of the next: 16 columns are four registers.
+template <typename T, int kCount>
+__device__ __forceinline__ void to_operand(const float (&scores)[kCount], unsigned (&operand)[kCount / 2]) {
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) operand[i] = pair<T>(scores[2 * i], scores[2 * i + 1]);
+}
+
+__device__ __forceinline__ unsigned shared_address(const void* pointer) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes from global to shared memory, zeros where not `valid`; sm_80's asynchronous copy.
+__device__ __forceinline__ void copy_async(unsigned to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+}  // namespace prefill

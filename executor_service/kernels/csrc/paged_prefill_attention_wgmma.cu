@@ -1,0 +1,414 @@
+// Prefill attention on Hopper: 16-bit types, heads of 64 and 128, blocks of 8, 16, 32, … tokens.
+//
+// As many thread blocks as processors take tiles of 128 queries of one head until none is left, the late queries of a
+// request first. In each, one warp brings keys and values by tensor copies, one warp draws the next tile and brings its
+// queries while this one is worked on, and two warpgroups have 64 queries each. After FlashAttention-3 (Shah et al.,
+// 2024): while the tensor cores multiply weights by values and queries by the next keys, the softmax of what they left
+// goes on.
+#include "dependent.cuh"
+#include "paged_prefill_attention_wgmma.cuh"
+
+namespace {
+
+constexpr int kGroups = 2;  // warpgroups that compute
+constexpr int kThreads = 128 * (1 + kGroups);
+
+struct alignas(64) TensorMap {
+    unsigned char bytes[128];
+};
+
+struct Arguments {
+    const TensorMap *k_map, *v_map;
+    const void* query;
+    const int *block_tables, *cu_seqlens, *seq_lens;
+    void* out;
+    int* num_drawn;  // 0 before and after
+    int num_requests, num_heads, num_kv_heads, block_size;
+    long long table_stride;
+    float scale;
+    int window;
+    float softcap;
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+using namespace prefill;
+
+constexpr int kRows = 64 * kGroups;  // queries of a tile
+constexpr int kKeys = 128;           // keys of a tile
+constexpr int kStages = 2;           // tiles of keys, and of values, in shared memory
+constexpr int kSlots = 2;            // tiles of queries there: one in work, one to come
+
+// A tile of queries of one head, and the tiles of keys that it sees. No rows: there is nothing left to do.
+struct Work {
+    int request, head, row, num_rows, position, lowest, highest, length;
+};
+
+// Shared memory: queries, keys and values in atoms of 8 tokens x 64 elements, a token's halves beside each other.
+template <int kDim> struct Shared {
+    static constexpr int kHalves = kDim / 64;
+    static constexpr int kAtom = 1024;
+    static constexpr int kTile = 128 * kDim * 2;
+    enum Barrier { kWork, kQueries = 2, kSlotFree = 4, kKeysThere = 6, kValuesThere = 8, kKeysFree = 10,
+                   kValuesFree = 12, kTail = 14 };
+
+    unsigned char* base;
+    unsigned address;
+
+    __device__ __forceinline__ unsigned queries(int slot) const { return address + slot * kTile; }
+    __device__ __forceinline__ unsigned keys(int stage) const { return address + (kSlots + stage) * kTile; }
+    __device__ __forceinline__ unsigned values(int stage) const { return keys(kStages + stage); }
+    __device__ __forceinline__ unsigned barrier(int which, int index = 0) const {
+        return address + (2 * kStages + kSlots) * kTile + 8 * (which + index);
+    }
+    __device__ __forceinline__ Work& work(int slot) const {
+        return reinterpret_cast<Work*>(base + (2 * kStages + kSlots) * kTile + 128)[slot];
+    }
+    // Where the 16-byte pack of a row lies in a tile.
+    static __device__ __forceinline__ int at(int row, int pack) {
+        return (row / 8 * kHalves + pack / 8) * kAtom + row % 8 * 128 + (pack % 8 ^ row % 8) * 16;
+    }
+    __device__ __forceinline__ void init_barriers() const {
+        for (int i = 0; i < 2; ++i) {
+            init_barrier(barrier(kWork, i), 1);
+            init_barrier(barrier(kQueries, i), 1);
+            init_barrier(barrier(kSlotFree, i), 1 + 4 * kGroups);
+            init_barrier(barrier(kKeysThere, i), 1);
+            init_barrier(barrier(kValuesThere, i), 1);
+            init_barrier(barrier(kKeysFree, i), 4 * kGroups);
+            init_barrier(barrier(kValuesFree, i), 4 * kGroups);
+        }
+        init_barrier(barrier(kTail), 1);
+    }
+};
+
+// Draws tiles of queries, for a whole warp. Tickets grow, so requests that are behind one are behind all later ones.
+struct Drawing {
+    int ticket = blockIdx.x;
+    int first_request = 0, num_before = 0;  // tiles of the requests before it
+
+    // The tile of `ticket`; without rows if there are fewer.
+    __device__ __forceinline__ Work tile(const Arguments& arguments) {
+        const int lane = threadIdx.x % 32, number = ticket / arguments.num_heads;
+        for (; first_request < arguments.num_requests; first_request += 32) {
+            const int request = first_request + lane;
+            Chunk chunk{0, 0, 0};
+            if (request < arguments.num_requests) chunk = chunk_of(arguments.cu_seqlens, arguments.seq_lens, request);
+            const int num_tiles = (chunk.count + kRows - 1) / kRows;
+            int until = num_before + num_tiles;
+            for (int offset = 1; offset < 32; offset *= 2) {
+                const int other = __shfl_up_sync(kAllLanes, until - num_before, offset);
+                if (lane >= offset) until += other;
+            }
+            const unsigned found = __ballot_sync(kAllLanes, until > number);
+            if (found) {
+                const int from = __ffs(found) - 1, first = (until - 1 - number) * kRows;
+                Work work;
+                work.request = request;
+                work.head = ticket % arguments.num_heads;
+                work.row = chunk.begin + first;
+                work.num_rows = min(kRows, chunk.count - first);
+                work.position = chunk.length - chunk.count + first;
+                work.lowest = first_key(work.position, arguments.window) / kKeys;
+                work.highest = (work.position + work.num_rows - 1) / kKeys;
+                work.length = chunk.length;
+                int* fields = reinterpret_cast<int*>(&work);
+#pragma unroll
+                for (int i = 0; i < static_cast<int>(sizeof(Work) / 4); ++i)
+                    fields[i] = __shfl_sync(kAllLanes, fields[i], from);
+                return work;
+            }
+            num_before = __shfl_sync(kAllLanes, until, 31);
+        }
+        return {};
+    }
+    __device__ __forceinline__ void draw(int* num_drawn) {
+        if (threadIdx.x % 32 == 0) ticket = gridDim.x + atomicAdd(num_drawn, 1);
+    }
+    __device__ __forceinline__ void know() { ticket = __shfl_sync(kAllLanes, ticket, 0); }
+    // After the end was found. Every thread block draws in vain once; whoever does so last puts the count back.
+    __device__ __forceinline__ void end(const Arguments& arguments, bool has_drawn) {
+        if (threadIdx.x % 32) return;
+        if (!has_drawn) draw(arguments.num_drawn);
+        const int num_blocks = gridDim.x, num_tickets = num_before * arguments.num_heads;
+        if (ticket - num_blocks == max(num_tickets - num_blocks, 0) + num_blocks - 1) *arguments.num_drawn = 0;
+    }
+};
+
+template <typename T, int kDim>
+__device__ __forceinline__ void copy_queries(const Arguments& arguments, const Work& work, unsigned to) {
+    constexpr int kPacks = kDim / 8;
+    const int lane = threadIdx.x % 32;
+    const T* from = static_cast<const T*>(arguments.query) +
+                    (static_cast<long long>(work.row) * arguments.num_heads + work.head) * kDim;
+    const int row_stride = arguments.num_heads * kDim;
+#pragma unroll 8
+    for (int i = 0; i < kRows * kPacks / 32; ++i) {
+        const int row = (32 * i + lane) / kPacks, pack = lane % kPacks;
+        const bool valid = row < work.num_rows;
+        copy_async(
+            to + Shared<kDim>::at(row, pack), from + static_cast<long long>(valid ? row : 0) * row_stride + pack * 8,
+            valid);
+    }
+    wait_for_copies();
+    publish_shared_writes();
+}
+
+// One warp: what to do next, and the queries of it.
+template <typename T, int kDim>
+__device__ __forceinline__ void bring_queries(const Arguments& arguments, const Shared<kDim>& shared) {
+    using S = Shared<kDim>;
+    const bool leads = threadIdx.x % 32 == 0;
+    Drawing drawing;
+    for (unsigned i = 0;; ++i) {
+        const int slot = i % kSlots;
+        drawing.know();
+        const Work work = drawing.tile(arguments);
+        if (work.num_rows) drawing.draw(arguments.num_drawn);
+        wait(shared.barrier(S::kSlotFree, slot), (i / kSlots & 1) ^ 1);
+        if (leads) {
+            shared.work(slot) = work;
+            arrive(shared.barrier(S::kWork, slot));
+        }
+        if (work.num_rows) copy_queries<T, kDim>(arguments, work, shared.queries(slot));
+        __syncwarp();
+        if (leads) arrive(shared.barrier(S::kQueries, slot));
+        if (!work.num_rows) return drawing.end(arguments, i > 0);
+    }
+}
+
+// The rows of a tile from `first` on become zeros: whatever lies in the cache behind a request's last token, it must not
+// meet a weight of zero.
+template <int kDim> __device__ __forceinline__ void clear_rows(unsigned tile, int first) {
+    constexpr int kPacks = kDim / 8;
+    for (int i = first * kPacks + static_cast<int>(threadIdx.x) % 32; i < kKeys * kPacks; i += 32)
+        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(tile + Shared<kDim>::at(i / kPacks, i % kPacks)),
+                     "r"(0)
+                     : "memory");
+    publish_shared_writes();
+    __syncwarp();
+}
+
+// One warp: keys and values of every tile. Each lane has a box of one block's tokens.
+template <int kDim>
+__device__ __forceinline__ void bring_keys_and_values(const Arguments& arguments, const Shared<kDim>& shared) {
+    using S = Shared<kDim>;
+    const int lane = threadIdx.x % 32, block_size = arguments.block_size;
+    const int box = min(block_size, kKeys), box_bytes = box * kDim * 2;
+    unsigned count = 0, tail_parity = 0;
+    for (unsigned i = 0;; ++i) {
+        const int slot = i % kSlots;
+        wait(shared.barrier(S::kWork, slot), i / kSlots & 1);
+        const Work work = shared.work(slot);
+        __syncwarp();
+        if (lane == 0) arrive(shared.barrier(S::kSlotFree, slot));
+        if (!work.num_rows) return;
+        const int* table = arguments.block_tables + work.request * arguments.table_stride;
+        const int kv_head = work.head / (arguments.num_heads / arguments.num_kv_heads);
+        const auto block_of = [&](int tile) {
+            const int token = tile * kKeys + lane * box;
+            return lane * box < kKeys && token >= 0 && token < work.length ? table[token / block_size] : 0;
+        };
+        int block = block_of(work.highest);
+        for (int tile = work.highest; tile >= work.lowest; --tile, ++count) {
+            const int stage = count % kStages, free_parity = (count / kStages & 1) ^ 1;
+            const int num_tokens = min(work.length - tile * kKeys, kKeys), num_boxes = (num_tokens + box - 1) / box;
+            const int group = block * (block_size / 8) + tile * kKeys % block_size / 8;
+            block = block_of(tile - 1);
+            const auto bring = [&](const TensorMap* map, unsigned to, unsigned barrier) {
+                if (lane == 0) arrive_expecting(barrier, num_boxes * box_bytes);
+                __syncwarp();
+                if (lane < num_boxes) copy_box(to + lane * box_bytes, map, kv_head, group, barrier);
+            };
+            wait(shared.barrier(S::kKeysFree, stage), free_parity);
+            bring(arguments.k_map, shared.keys(stage), shared.barrier(S::kKeysThere, stage));
+            wait(shared.barrier(S::kValuesFree, stage), free_parity);
+            if (num_tokens == kKeys) {
+                bring(arguments.v_map, shared.values(stage), shared.barrier(S::kValuesThere, stage));
+            } else {
+                bring(arguments.v_map, shared.values(stage), shared.barrier(S::kTail));
+                wait(shared.barrier(S::kTail), tail_parity);
+                tail_parity ^= 1;
+                clear_rows<kDim>(shared.values(stage), num_tokens);
+                if (lane == 0) arrive(shared.barrier(S::kValuesThere, stage));
+            }
+        }
+    }
+}
+
+// A warpgroup's 64 queries x kKeys keys, issued and committed.
+template <typename T, int kDim>
+__device__ __forceinline__ void issue_query_times_keys(float (&scores)[kKeys / 2], unsigned queries, unsigned keys) {
+    using S = Shared<kDim>;
+    const unsigned long long a = descriptor(queries, S::kHalves * S::kAtom, 16);
+    const unsigned long long b = descriptor(keys, S::kHalves * S::kAtom, 16);
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+        const int offset = (k / 4 * S::kAtom + k % 4 * 32) >> 4;
+        multiply_shared(T(), scores, a + offset, b + offset, k > 0);
+    }
+    commit_products();
+}
+
+// outputs (+)= 64 rows of weights x kKeys values, issued and committed.
+template <typename T, int kDim>
+__device__ __forceinline__ void issue_weights_times_values(
+    float (&outputs)[kDim / 2], const unsigned (&weights)[kKeys / 4], unsigned values, bool adds) {
+    using S = Shared<kDim>;
+    const unsigned long long b = descriptor(values, S::kHalves * S::kAtom, S::kAtom);
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k)
+        multiply_registers(
+            T(), outputs, weights + 4 * k, b + (k * 2 * S::kHalves * S::kAtom >> 4), k > 0 || adds);
+    commit_products();
+}
+
+// A warp's 16 rows through its own part of the queries' shared memory, so that stores are 16 bytes wide.
+template <typename T, int kDim>
+__device__ __forceinline__ void store_rows(
+    const Arguments& arguments, const Work& work, const float (&outputs)[kDim / 2], const Shared<kDim>& shared,
+    int slot, int first) {
+    using S = Shared<kDim>;
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
+        unsigned packed[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) packed[e] = pair<T>(outputs[8 * i + 2 * e], outputs[8 * i + 2 * e + 1]);
+        store_matrices(shared.queries(slot) + S::at(first + lane % 16, 2 * i + lane / 16), packed);
+    }
+    __syncwarp();
+    constexpr int kPacks = kDim / 8;
+    T* to = static_cast<T*>(arguments.out) + (static_cast<long long>(work.row) * arguments.num_heads + work.head) * kDim;
+#pragma unroll
+    for (int i = 0; i < 16 * kPacks / 32; ++i) {
+        const int row = first + (32 * i + lane) / kPacks, pack = lane % kPacks;
+        if (row >= work.num_rows) continue;
+        const uint4 content = *reinterpret_cast<const uint4*>(shared.base + slot * S::kTile + S::at(row, pack));
+        *reinterpret_cast<uint4*>(to + static_cast<long long>(row) * arguments.num_heads * kDim + pack * 8) = content;
+    }
+    __syncwarp();
+}
+
+// One warpgroup: attention of its half of every tile of queries.
+template <typename T, int kDim, bool kTakesTurns>
+__device__ __forceinline__ void attend(const Arguments& arguments, const Shared<kDim>& shared, int group) {
+    using S = Shared<kDim>;
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, first = group * 64 + warp * 16;
+    const Scaling scaling = scaling_of(arguments.scale, arguments.softcap);
+    const auto release = [&](int which, int index) {
+        __syncwarp();
+        if (lane == 0) arrive(shared.barrier(which, index));
+    };
+    if (kTakesTurns && group == 1) announce_to(1, 256);
+    unsigned count = 0;
+    for (unsigned i = 0;; ++i) {
+        const int slot = i % kSlots;
+        wait(shared.barrier(S::kQueries, slot), i / kSlots & 1);
+        const Work work = shared.work(slot);
+        if (!work.num_rows) return;
+        const unsigned queries = shared.queries(slot) + group * 8 * S::kHalves * S::kAtom;
+        const int position = work.position + first;
+        float outputs[kDim / 2], scores[kKeys / 2], corrections[2];
+        unsigned weights[kKeys / 4];
+        Rows rows;
+        const auto soften = [&](int tile) {
+            const int key = tile * kKeys;
+            if (scaling.inner != 0.0f) cap(scores, scaling.inner);
+            if (key + kKeys - 1 > position || (arguments.window && key <= position + 15 - arguments.window))
+                mask(scores, position + lane / 4, key + lane % 4 * 2, arguments.window);
+            exponentiate(scores, rows, scaling.factor, corrections);
+        };
+        wait(shared.barrier(S::kKeysThere, count % kStages), count / kStages & 1);
+        begin_products();
+        issue_query_times_keys<T, kDim>(scores, queries, shared.keys(count % kStages));
+        wait_for_products<0>();
+        sums_are_ready(scores);
+        release(S::kKeysFree, count % kStages);
+        soften(work.highest);
+        to_operand<T>(scores, weights);
+        for (int tile = work.highest - 1; tile >= work.lowest; --tile, ++count) {
+            const int stage = count % kStages, next = (count + 1) % kStages;
+            wait(shared.barrier(S::kKeysThere, next), (count + 1) / kStages & 1);
+            if (kTakesTurns) sync_threads(1 + group, 256);
+            begin_products();
+            issue_query_times_keys<T, kDim>(scores, queries, shared.keys(next));
+            wait(shared.barrier(S::kValuesThere, stage), count / kStages & 1);
+            issue_weights_times_values<T, kDim>(outputs, weights, shared.values(stage), tile + 1 < work.highest);
+            if (kTakesTurns) announce_to(2 - group, 256);
+            wait_for_products<1>();
+            sums_are_ready(scores);
+            release(S::kKeysFree, next);
+            soften(tile);
+            wait_for_products<0>();
+            sums_are_ready(outputs);
+            release(S::kValuesFree, stage);
+            scale_rows(outputs, corrections);
+            to_operand<T>(scores, weights);
+        }
+        wait(shared.barrier(S::kValuesThere, count % kStages), count / kStages & 1);
+        begin_products();
+        issue_weights_times_values<T, kDim>(
+            outputs, weights, shared.values(count % kStages), work.highest > work.lowest);
+        wait_for_products<0>();
+        sums_are_ready(outputs);
+        release(S::kValuesFree, count % kStages);
+        ++count;
+        float inverse[2];
+        reciprocals(rows, inverse);
+        scale_rows(outputs, inverse);
+        sync_threads(3 + group, 128);  // all four warps are through with the queries
+        store_rows<T, kDim>(arguments, work, outputs, shared, slot, first);
+        if (lane == 0) arrive(shared.barrier(S::kSlotFree, slot));
+    }
+}
+
+template <typename T, int kDim, bool kTakesTurns>
+__device__ __forceinline__ void run(const Arguments& arguments) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const unsigned start = shared_address(memory), skipped = (1024 - start % 1024) % 1024;
+    const Shared<kDim> shared{memory + skipped, start + skipped};
+    if (threadIdx.x == 0) {
+        shared.init_barriers();
+        publish_shared_writes();
+    }
+    __syncthreads();
+    wait_for_previous();
+    const int role = threadIdx.x / 128;
+    if (role == 0) {
+        give_registers<40>();
+        if (threadIdx.x / 32 == 0) bring_keys_and_values<kDim>(arguments, shared);
+        if (threadIdx.x / 32 == 1) bring_queries<T, kDim>(arguments, shared);
+        let_next_begin();
+    } else {
+        take_registers<232>();
+        attend<T, kDim, kTakesTurns>(arguments, shared, role - 1);
+    }
+}
+
+#endif
+
+}  // namespace
+
+// The shared memory that a launch asks for has 1024 bytes more than is used: atoms are aligned to as many.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define RUN(T, DIM, TAKES_TURNS)                                                                                      \
+    run<T, DIM, TAKES_TURNS>(                                                                                         \
+        {&k_map, &v_map, query, block_tables, cu_seqlens, seq_lens, out, num_drawn, num_requests, num_heads,          \
+         num_kv_heads, block_size, table_stride, scale, window, softcap})
+#else
+#define RUN(T, DIM, TAKES_TURNS) __trap()
+#endif
+#define KERNEL(NAME, T, DIM, KIND, TAKES_TURNS)                                                                       \
+    extern "C" __global__ void __launch_bounds__(kThreads, 1) paged_prefill_attention_wgmma_##NAME##_##DIM##KIND(     \
+        const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const void* query,          \
+        const int* block_tables, const int* cu_seqlens, const int* seq_lens, void* out, int* num_drawn,               \
+        int num_requests, int num_heads, int num_kv_heads, int block_size, long long table_stride, float scale,       \
+        int window, float softcap) {                                                                                  \
+        RUN(T, DIM, TAKES_TURNS);                                                                                     \
+    }
+KERNEL(bfloat16, bfloat16, 128, , true)
+KERNEL(bfloat16, bfloat16, 64, , true)
+KERNEL(float16, float16, 128, , true)
+KERNEL(float16, float16, 64, , true)
+KERNEL(bfloat16, bfloat16, 128, _free, false)
