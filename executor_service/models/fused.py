@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
 from transformers import LlamaModel, MistralModel, Qwen2Model
 
 from executor_service.kernels.rms_norm import ADD_RMS_NORM, RMS_NORM
 from executor_service.kernels.rotary_write_kv import ROTARY_WRITE_KV
-from executor_service.kernels.silu_mul import SILU_MUL
 from executor_service.layers.attention import paged_attention
 from executor_service.layers.context import current_context
+from executor_service.layers.linear import GatedLinear, Linear
 
 WINDOWS: Final[dict[type, Callable[[Any], int | None]]] = {
     LlamaModel: lambda attention: None,
@@ -33,17 +32,6 @@ A subclass may differ, so none is taken.
 
 
 @dataclass(frozen=True)
-class _Linear:
-    """`weight` [out, in], `bias` [out] or None."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-@dataclass(frozen=True)
 class _Norm:
     weight: Tensor
     epsilon: float
@@ -54,11 +42,11 @@ class _Layer:
     """One layer's weights; `sliding_window` 0: none."""
 
     attention_norm: _Norm
-    qkv: _Linear
-    output: _Linear
+    qkv: Linear
+    output: Linear
     mlp_norm: _Norm
-    gate_up: _Linear
-    down: _Linear
+    gate_up: GatedLinear
+    down: Linear
     scale: float
     sliding_window: int
 
@@ -68,11 +56,11 @@ class FusedDecoder:
 
     def __init__(self, layers: Sequence[_Layer], norm: _Norm, cos_sin: Tensor) -> None:
         self._layers = layers
-        self._norm = norm
+        self._next_norms = [*(layer.attention_norm for layer in layers[1:]), norm]
         self._cos_sin = cos_sin
         device = norm.weight.device.type
         self._rms_norm, self._add_rms_norm = RMS_NORM.direct(device), ADD_RMS_NORM.direct(device)
-        self._rotary_write_kv, self._silu_mul = ROTARY_WRITE_KV.direct(device), SILU_MUL.direct(device)
+        self._rotary_write_kv = ROTARY_WRITE_KV.direct(device)
 
     @classmethod
     def of(cls, decoder: nn.Module) -> Self | None:
@@ -89,22 +77,21 @@ class FusedDecoder:
         context = current_context()
         batch = context.metadata
         cos_sin, slots = self._cos_sin, batch.slot_mapping
-        residual = inputs_embeds.clone()
-        norm = self._layers[0].attention_norm
+        residual, norm = inputs_embeds.clone(), self._layers[0].attention_norm
         hidden = self._rms_norm(residual, norm.weight, norm.epsilon)
-        for index, layer in enumerate(self._layers):
-            cache = context.kv_caches[index]
+        for layer, cache, next_norm in zip(self._layers, context.kv_caches, self._next_norms, strict=True):
             query = self._rotary_write_kv(layer.qkv(hidden), positions, cos_sin, cache.keys, cache.values, slots)
             attended = paged_attention(query, cache, batch, layer.scale, layer.sliding_window, 0.0)
-            hidden = self._add_norm(layer.output(attended.flatten(1)), residual, layer.mlp_norm)
-            hidden = layer.down(self._silu_mul(layer.gate_up(hidden)))
-            is_last = index + 1 == len(self._layers)
-            hidden = self._add_norm(hidden, residual, self._norm if is_last else self._layers[index + 1].attention_norm)
+            residual, hidden = self._add(layer.output, attended.flatten(1), residual, layer.mlp_norm)
+            residual, hidden = self._add(layer.down, layer.gate_up(hidden), residual, next_norm)
         return hidden
 
-    def _add_norm(self, x: Tensor, residual: Tensor, norm: _Norm) -> Tensor:
-        result: Tensor = self._add_rms_norm(x, residual, norm.weight, norm.epsilon)
-        return result
+    def _add(self, linear: Linear, x: Tensor, residual: Tensor, norm: _Norm) -> tuple[Tensor, Tensor]:
+        """The residual with the product of `x` added, and that normalised."""
+        if linear.streams(x):
+            residual = linear.added_to(x, residual)
+            return residual, self._rms_norm(residual, norm.weight, norm.epsilon)
+        return residual, self._add_rms_norm(linear(x), residual, norm.weight, norm.epsilon)
 
 
 def rotary_table(model: Any) -> Tensor:
@@ -126,11 +113,11 @@ def _fuse(layer: Any, window_of: Callable[[Any], int | None]) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return _Layer(
         _norm(layer.input_layernorm),
-        _merge((attention.q_proj, attention.k_proj, attention.v_proj)),
-        _Linear(attention.o_proj.weight, attention.o_proj.bias),
+        Linear(*_merge((attention.q_proj, attention.k_proj, attention.v_proj))),
+        Linear(attention.o_proj.weight, attention.o_proj.bias),
         _norm(layer.post_attention_layernorm),
-        _merge((mlp.gate_proj, mlp.up_proj)),
-        _Linear(mlp.down_proj.weight, mlp.down_proj.bias),
+        GatedLinear(*_merge((mlp.gate_proj, mlp.up_proj))),
+        Linear(mlp.down_proj.weight, mlp.down_proj.bias),
         attention.scaling,
         window_of(attention) or 0,
     )
@@ -140,8 +127,8 @@ def _norm(module: Any) -> _Norm:
     return _Norm(module.weight, module.variance_epsilon)
 
 
-def _merge(linears: Sequence[nn.Linear]) -> _Linear:
-    """One matrix of several with the same input, whose parameters become its rows."""
+def _merge(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """One matrix, and bias, of several with the same input, whose parameters become its rows."""
     weight = torch.cat([linear.weight for linear in linears])
     bias = torch.cat([linear.bias for linear in linears]) if linears[0].bias is not None else None
     begin = 0
@@ -151,4 +138,4 @@ def _merge(linears: Sequence[nn.Linear]) -> _Linear:
         if bias is not None:
             linear.bias = nn.Parameter(bias[begin:end], requires_grad=False)
         begin = end
-    return _Linear(weight, bias)
+    return weight, bias

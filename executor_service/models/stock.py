@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from executor_service.layers.attention import IMPLEMENTATION
+from executor_service.layers.linear import Linear
 from executor_service.models.fused import FusedDecoder
 from registry import InputContext
 
@@ -47,7 +48,8 @@ class StockModel(nn.Module):
 
     def compute_logits(self, rows: Tensor) -> Tensor:
         """[R, hidden] -> [R, vocabulary]."""
-        logits: Tensor = self.hf.lm_head(rows)
+        head = self.hf.lm_head
+        logits: Tensor = head(rows) if self.fused_decoder is None else Linear(head.weight, head.bias)(rows)
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
