@@ -102,8 +102,9 @@ __device__ __forceinline__ float sum_of_four_lanes(float value) {
     return value + __shfl_xor_sync(kAllLanes, value, 2);
 }
 
-// Scores become exponentials; `corrections` are what earlier sums and outputs of both rows are worth now.
-template <int kCount>
+// Scores become exponentials; `corrections` are what earlier sums and outputs of both rows are worth now. They are 1 as
+// long as no score exceeds the largest of earlier tiles by more than kSlack binary orders: nothing overflows by so little.
+template <int kSlack, int kCount>
 __device__ __forceinline__ void exponentiate(
     float (&scores)[kCount], Rows& rows, float factor, float (&corrections)[2]) {
 #pragma unroll
@@ -113,6 +114,7 @@ __device__ __forceinline__ void exponentiate(
         for (int i = 1; i < kCount / 4; ++i)
             largest = fmaxf(largest, fmaxf(scores[4 * i + 2 * row], scores[4 * i + 2 * row + 1]));
         largest = fmaxf(rows.maximum[row], largest_of_four_lanes(largest));
+        if (kSlack && (largest - rows.maximum[row]) * factor <= kSlack) largest = rows.maximum[row];
         // A row that has seen nothing yet keeps zeros: minus infinity less itself is no number.
         const float shift = largest == minus_infinity() ? 0.0f : largest * factor;
         corrections[row] = exp2_of(rows.maximum[row] * factor - shift);

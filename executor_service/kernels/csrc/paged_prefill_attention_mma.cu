@@ -202,7 +202,7 @@ __device__ __forceinline__ void attend(
                            (window && tile * kKeys <= own_position + 15 - window);
         if (hides)
             prefill::mask(scores, own_position + lane / 4, tile * kKeys + lane % 4 * 2, window);
-        prefill::exponentiate(scores, rows, scaling.factor, corrections);
+        prefill::exponentiate<0>(scores, rows, scaling.factor, corrections);
         prefill::scale_rows(outputs, corrections);
         unsigned weights[kKeys / 4];
         prefill::to_operand<T>(scores, weights);

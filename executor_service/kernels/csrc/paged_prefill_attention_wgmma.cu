@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kGroups = 2;  // warpgroups that compute
 constexpr int kThreads = 128 * (1 + kGroups);
+enum Variant { kTakesTurns = 1, kFinishes = 2, kLazy = 4 };
 
 struct alignas(64) TensorMap {
     unsigned char bytes[128];
@@ -291,7 +292,7 @@ __device__ __forceinline__ void store_rows(
 }
 
 // One warpgroup: attention of its half of every tile of queries.
-template <typename T, int kDim, bool kTakesTurns>
+template <typename T, int kDim, int kVariant>
 __device__ __forceinline__ void attend(const Arguments& arguments, const Shared<kDim>& shared, int group) {
     using S = Shared<kDim>;
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, first = group * 64 + warp * 16;
@@ -300,7 +301,7 @@ __device__ __forceinline__ void attend(const Arguments& arguments, const Shared<
         __syncwarp();
         if (lane == 0) arrive(shared.barrier(which, index));
     };
-    if (kTakesTurns && group == 1) announce_to(1, 256);
+    if ((kVariant & kTakesTurns) && group == 1) announce_to(1, 256);
     unsigned count = 0;
     for (unsigned i = 0;; ++i) {
         const int slot = i % kSlots;
@@ -317,33 +318,35 @@ __device__ __forceinline__ void attend(const Arguments& arguments, const Shared<
             if (scaling.inner != 0.0f) cap(scores, scaling.inner);
             if (key + kKeys - 1 > position || (arguments.window && key <= position + 15 - arguments.window))
                 mask(scores, position + lane / 4, key + lane % 4 * 2, arguments.window);
-            exponentiate(scores, rows, scaling.factor, corrections);
+            exponentiate<kVariant & kLazy ? 8 : 0>(scores, rows, scaling.factor, corrections);
         };
         wait(shared.barrier(S::kKeysThere, count % kStages), count / kStages & 1);
         begin_products();
         issue_query_times_keys<T, kDim>(scores, queries, shared.keys(count % kStages));
         wait_for_products<0>();
-        sums_are_ready(scores);
+        settle(scores);
         release(S::kKeysFree, count % kStages);
         soften(work.highest);
         to_operand<T>(scores, weights);
         for (int tile = work.highest - 1; tile >= work.lowest; --tile, ++count) {
             const int stage = count % kStages, next = (count + 1) % kStages;
             wait(shared.barrier(S::kKeysThere, next), (count + 1) / kStages & 1);
-            if (kTakesTurns) sync_threads(1 + group, 256);
+            if ((kVariant & kTakesTurns)) sync_threads(1 + group, 256);
             begin_products();
             issue_query_times_keys<T, kDim>(scores, queries, shared.keys(next));
             wait(shared.barrier(S::kValuesThere, stage), count / kStages & 1);
             issue_weights_times_values<T, kDim>(outputs, weights, shared.values(stage), tile + 1 < work.highest);
-            if (kTakesTurns) announce_to(2 - group, 256);
+            if ((kVariant & kTakesTurns)) announce_to(2 - group, 256);
             wait_for_products<1>();
-            sums_are_ready(scores);
+            settle(scores);
             release(S::kKeysFree, next);
             soften(tile);
+            if (kVariant & kFinishes) finish(rows.sum[0] + rows.sum[1], shared.address);
             wait_for_products<0>();
-            sums_are_ready(outputs);
+            settle(outputs);
             release(S::kValuesFree, stage);
-            scale_rows(outputs, corrections);
+            if (!(kVariant & kLazy) || __any_sync(kAllLanes, corrections[0] != 1.0f || corrections[1] != 1.0f))
+                scale_rows(outputs, corrections);
             to_operand<T>(scores, weights);
         }
         wait(shared.barrier(S::kValuesThere, count % kStages), count / kStages & 1);
@@ -351,7 +354,7 @@ __device__ __forceinline__ void attend(const Arguments& arguments, const Shared<
         issue_weights_times_values<T, kDim>(
             outputs, weights, shared.values(count % kStages), work.highest > work.lowest);
         wait_for_products<0>();
-        sums_are_ready(outputs);
+        settle(outputs);
         release(S::kValuesFree, count % kStages);
         ++count;
         float inverse[2];
@@ -363,7 +366,7 @@ __device__ __forceinline__ void attend(const Arguments& arguments, const Shared<
     }
 }
 
-template <typename T, int kDim, bool kTakesTurns>
+template <typename T, int kDim, int kVariant>
 __device__ __forceinline__ void run(const Arguments& arguments) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const unsigned start = shared_address(memory), skipped = (1024 - start % 1024) % 1024;
@@ -382,7 +385,7 @@ __device__ __forceinline__ void run(const Arguments& arguments) {
         let_next_begin();
     } else {
         take_registers<232>();
-        attend<T, kDim, kTakesTurns>(arguments, shared, role - 1);
+        attend<T, kDim, kVariant>(arguments, shared, role - 1);
     }
 }
 
@@ -392,23 +395,25 @@ __device__ __forceinline__ void run(const Arguments& arguments) {
 
 // The shared memory that a launch asks for has 1024 bytes more than is used: atoms are aligned to as many.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define RUN(T, DIM, TAKES_TURNS)                                                                                      \
-    run<T, DIM, TAKES_TURNS>(                                                                                         \
+#define RUN(T, DIM, VARIANT)                                                                                      \
+    run<T, DIM, VARIANT>(                                                                                         \
         {&k_map, &v_map, query, block_tables, cu_seqlens, seq_lens, out, num_drawn, num_requests, num_heads,          \
          num_kv_heads, block_size, table_stride, scale, window, softcap})
 #else
-#define RUN(T, DIM, TAKES_TURNS) __trap()
+#define RUN(T, DIM, VARIANT) __trap()
 #endif
-#define KERNEL(NAME, T, DIM, KIND, TAKES_TURNS)                                                                       \
+#define KERNEL(NAME, T, DIM, KIND, VARIANT)                                                                       \
     extern "C" __global__ void __launch_bounds__(kThreads, 1) paged_prefill_attention_wgmma_##NAME##_##DIM##KIND(     \
         const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const void* query,          \
         const int* block_tables, const int* cu_seqlens, const int* seq_lens, void* out, int* num_drawn,               \
         int num_requests, int num_heads, int num_kv_heads, int block_size, long long table_stride, float scale,       \
         int window, float softcap) {                                                                                  \
-        RUN(T, DIM, TAKES_TURNS);                                                                                     \
+        RUN(T, DIM, VARIANT);                                                                                     \
     }
-KERNEL(bfloat16, bfloat16, 128, , true)
-KERNEL(bfloat16, bfloat16, 64, , true)
-KERNEL(float16, float16, 128, , true)
-KERNEL(float16, float16, 64, , true)
-KERNEL(bfloat16, bfloat16, 128, _free, false)
+KERNEL(bfloat16, bfloat16, 128, , 7)
+KERNEL(bfloat16, bfloat16, 64, , 7)
+KERNEL(float16, float16, 128, , 7)
+KERNEL(float16, float16, 64, , 7)
+KERNEL(bfloat16, bfloat16, 128, _free, 6)
+KERNEL(bfloat16, bfloat16, 128, _late, 1)
+KERNEL(bfloat16, bfloat16, 128, _strict, 3)

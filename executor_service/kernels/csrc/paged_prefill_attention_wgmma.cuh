@@ -88,10 +88,20 @@ template <int kPending> __device__ __forceinline__ void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// What is computed before this place is not put off until after a wait that follows: to the assembler it could matter for
+// the store, which nobody ever makes, since sums of exponentials are not negative.
+__device__ __forceinline__ void finish(float value, unsigned address) {
+    asm volatile(
+        "{\n.reg .pred impossible;\nsetp.lt.f32 impossible, %0, 0f00000000;\n@impossible st.shared.f32 [%1], %0;\n}\n" ::"f"(
+            value),
+        "r"(address)
+        : "memory");
+}
+
 // After a wait: from here on the compiler may read the sums, and not before.
-template <int kCount> __device__ __forceinline__ void sums_are_ready(float (&sums)[kCount]) {
+template <int kCount> __device__ __forceinline__ void settle(float (&values)[kCount]) {
 #pragma unroll
-    for (float& sum : sums) asm volatile("" : "+f"(sum)::"memory");
+    for (float& value : values) asm volatile("" : "+f"(value)::"memory");
 }
 
 #define SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
