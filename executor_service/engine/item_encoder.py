@@ -11,7 +11,7 @@ from torch import Tensor
 
 from executor_service.engine.request import EngineItem
 from executor_service.engine.scheduler import ScheduledRequest
-from executor_service.kernels.normalize import normalize
+from executor_service.layers.patches import Levels
 from registry import Normalization
 
 Failures = list[tuple[ScheduledRequest, Exception]]
@@ -87,12 +87,17 @@ class ItemEncoder:
                 failed.append((scheduled, errors[culprit]))
         return good, failed
 
-    def _tensor(self, item: EngineItem, name: str) -> Tensor:
-        """An item's tensor on the device in the model's dtype, normalised if its layout says so."""
+    def _tensor(self, item: EngineItem, name: str) -> Tensor | Levels:
+        """An item's tensor on the device in the model's dtype, normalised if its layout says so.
+
+        A model may take what is to be normalised as it comes.
+        """
         tensor = self._upload(item.tensors[name])
         normalization = item.layout.tensors[name].normalization
         if normalization is not None:
-            return normalize(tensor, self._table(normalization), normalization.channel_axis, self._dtype)
+            levels = Levels(tensor, self._table(normalization), normalization.channel_axis)
+            is_taken = getattr(self.model.embed_multimodal, "takes_levels", False)
+            return levels if is_taken else levels.normalized(self._dtype)
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def _upload(self, tensor: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from executor_service.layers.patches import Levels, PatchProduct, takes_levels
 from executor_service.models.stock import StockModel
 
 
@@ -15,11 +17,27 @@ class LlavaModel(StockModel):
     """CLIP or SigLIP tower, projector, Llama- or Mistral-shaped decoder."""
 
     hf_class = LlavaForConditionalGeneration
+    patch_product: PatchProduct | None = None
 
-    def embed_multimodal(self, pixel_values: list[Tensor]) -> list[Tensor]:
+    @takes_levels
+    def embed_multimodal(self, pixel_values: Sequence[Tensor | Levels]) -> list[Tensor]:
         """Tiles [3, H, W] -> features [num_features, hidden] each."""
-        features = self.hf.model.get_image_features(pixel_values=torch.stack(pixel_values)).pooler_output
-        return list(features)
+        pixels = self.join_tiles(pixel_values, torch.stack)
+        return list(self.hf.model.get_image_features(pixel_values=pixels).pooler_output)
+
+    def join_tiles(self, tiles: Sequence[Tensor | Levels], join: Callable[[list[Tensor]], Tensor]) -> Tensor:
+        """One batch [N, 3, H, W] of what the tower takes; levels become patches where the tower's product is ours."""
+        levels = [tile for tile in tiles if isinstance(tile, Levels)]
+        is_uniform = len(levels) == len(tiles) and all(one.table is levels[0].table for one in levels)
+        if self.patch_product is not None and is_uniform:
+            return self.patch_product.pixels_of(join([one.tensor for one in levels]), levels[0].table)
+        return join([tile.normalized(self.hf.dtype) if isinstance(tile, Levels) else tile for tile in tiles])
+
+    def fuse_decoder(self) -> bool:
+        """Also replaces the tower's convolution by a product; whether the decoder has a twin is what it returns."""
+        # Not as a module of this one: it is the tower's already.
+        self.__dict__["patch_product"] = PatchProduct.install(self.hf.model.vision_tower)
+        return super().fuse_decoder()
 
     def rename_weight(self, name: str) -> str | None:
         """Checkpoint names, older and newer, to ours; None for what is computed instead of loaded."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import LlavaNextForConditionalGeneration
 
+from executor_service.layers.patches import Levels, takes_levels
 from executor_service.models.llava import LlavaModel
 
 
@@ -14,8 +17,13 @@ class LlavaNextModel(LlavaModel):
 
     hf_class = LlavaNextForConditionalGeneration
 
-    def embed_multimodal(self, pixel_values: list[Tensor], image_sizes: list[Tensor]) -> list[Tensor]:  # type: ignore[override]
+    @takes_levels
+    def embed_multimodal(  # type: ignore[override]
+        self, pixel_values: Sequence[Tensor | Levels], image_sizes: list[Tensor]
+    ) -> list[Tensor]:
         """Tiles [N, 3, H, W] and sizes [2] (height, width) -> features [num_features, hidden] each."""
         sizes = torch.stack(image_sizes).tolist()
-        features = self.hf.model.get_image_features(pixel_values=torch.cat(pixel_values), image_sizes=sizes)
+        features = self.hf.model.get_image_features(
+            pixel_values=self.join_tiles(pixel_values, torch.cat), image_sizes=sizes
+        )
         return list(features.pooler_output)

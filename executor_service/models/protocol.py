@@ -33,7 +33,8 @@ class ExecutorModel(Protocol):
         """Features per item, each [num_features, width].
 
         Its parameter names are the layout's tensors and constants; each is a list with one tensor per
-        item (uint8 already normalised). Constants are on the CPU: whoever asked a GPU for them would wait for it.
+        item (uint8 already normalised, but for a method marked with `layers.patches.takes_levels`, which gets
+        `Levels`). Constants are on the CPU: whoever asked a GPU for them would wait for it.
         """
 
     def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor) -> Tensor:
