@@ -52,7 +52,8 @@ class PendingTokens:
         """The tokens on the host; waits until they have been drawn."""
         if self._result is None:
             token_ids, *scores = (copy.wait() for copy in self._copies)
-            logprobs = self._logprobs(token_ids, *scores) if scores else [None] * len(token_ids)
+            nothing: list[TokenLogprobs | None] = [None] * len(token_ids)
+            logprobs = self._logprobs(token_ids, *scores) if scores else nothing
             self._result = SampledTokens(token_ids.tolist(), logprobs)
         return self._result
 

@@ -11,11 +11,13 @@ and token number alone (`random_numbers.py`).
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Final, NamedTuple
+from functools import cache
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from executor_service.kernels.cuda.module import INT, POINTER, dtype_name, kernel
 from executor_service.kernels.library import define_op
 from executor_service.kernels.logits import Filters, Penalties, add_bias, ban, draw, filtered_probabilities, penalize
 from executor_service.kernels.random_numbers import uniform_numbers
@@ -24,6 +26,13 @@ MAX_LOGPROBS: Final = 20
 """Likeliest tokens whose log probabilities a row may ask for."""
 MAX_OUTPUT_COUNT: Final = 2**15 - 1
 """A token that has been in the output more often counts as if it had been there so often."""
+_THREADS: Final = 1024
+_PACK: Final = 4
+"""Tokens that one thread looks at together."""
+_MAX_WIDTH: Final = 2**18
+_STATIC_SHARED_BYTES: Final = 24 * 1024
+"""More than the kernel has besides the row."""
+_TYPES: Final = (POINTER,) * 14 + (INT,) * 6
 
 
 class Real(IntEnum):
@@ -158,7 +167,7 @@ def _draw(logits: Tensor, integers: Tensor, reals: Tensor, numbers: Tensor) -> T
         reals[:, Real.TEMPERATURE], reals[:, Real.MIN_P], reals[:, Real.TOP_P], integers[:, Integer.TOP_K]
     )
     seeds = integers[:, Integer.SEED].numpy().view("uint64")
-    uniforms = torch.from_numpy(uniform_numbers(seeds, numbers.numpy()))
+    uniforms = torch.from_numpy(uniform_numbers(seeds.tolist(), numbers.tolist()))
     return draw(filtered_probabilities(logits, filters), uniforms)
 
 
@@ -183,6 +192,40 @@ def _unpacked(packed: Tensor, vocabulary: int) -> Tensor:
     return (bits & 1).to(torch.bool).flatten(1)[:, :vocabulary]
 
 
+# --- the kernel ---------------------------------------------------------------------------------------
+
+
+def _cuda(logits: Tensor, slots: Tensor, numbers: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    tables = SamplingTables(*arguments)
+    result = _fake(logits, slots, numbers, *arguments)
+    num_rows, width = logits.shape
+    if not num_rows:
+        return result
+    launch, num_lent = _launcher(logits.dtype, width, logits.get_device())
+    counts_width, seen_bytes = tables.output_counts.shape[1], tables.prompt_seen.shape[1]
+    if min(counts_width, 8 * seen_bytes) < width or counts_width % _PACK:
+        raise ValueError(f"counts of {counts_width} tokens, {8 * seen_bytes} in the prompt, for {width} logits")
+    lent = logits.new_empty((num_rows, num_lent), dtype=torch.float32)
+    launch(
+        (num_rows,), _THREADS, logits.contiguous(), slots, numbers, *tables, lent, *result, width,
+        tables.bias_ids.shape[1], tables.ban_ids.shape[1], seen_bytes, counts_width, MAX_LOGPROBS,
+    )  # fmt: skip
+    return result
+
+
+@cache
+def _launcher(dtype: torch.dtype, width: int, device: int) -> tuple[Any, int]:
+    """The kernel for rows of `width` logits, and how many floats it must be lent for each."""
+    if width > _MAX_WIDTH:
+        raise ValueError(f"the vocabulary has {width} tokens; the CUDA sampler takes at most {_MAX_WIDTH}")
+    padded = -(-width // _PACK) * _PACK
+    properties: Any = torch.cuda.get_device_properties(device)
+    is_lent = 4 * padded + _STATIC_SHARED_BYTES > properties.shared_memory_per_block_optin
+    name = f"sample_{dtype_name(dtype)}_{'lent' if is_lent else 'shared'}"
+    shared_bytes = 0 if is_lent else 4 * padded
+    return kernel("sample", name, _TYPES, shared_bytes, is_dependent=True), padded if is_lent else 0
+
+
 def _fake(logits: Tensor, slots: Tensor, numbers: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     num_rows = logits.shape[0]
     return (
@@ -197,4 +240,5 @@ SAMPLE: Final = define_op(
     "Tensor bias_values, Tensor ban_ids, Tensor prompt_seen, Tensor(a!) output_counts) -> (Tensor, Tensor, Tensor)",
     cpu=_cpu,
     fake=_fake,
+    cuda=_cuda,
 )
