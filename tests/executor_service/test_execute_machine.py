@@ -272,6 +272,8 @@ class ExecuteMachine(RuleBasedStateMachine):
         return False
 
 
+# The server's threads are this process's: one may draw a random number just while the machine draws its next step.
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 def test_random_interleavings(server) -> None:
     executor, loop = server
     with grpc.insecure_channel(executor.address, options=CHANNEL_OPTIONS) as channel:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
+from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -11,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from executor_service.kernels.cuda.code import KernelLoadError, machine_code, sources
+from executor_service.kernels.cuda.code import KernelLoadError, MachineCode, machine_code, sources
 
 POINTER: Final = ctypes.c_void_p
 INT: Final = ctypes.c_int
@@ -117,13 +120,16 @@ def num_multiprocessors(device: int) -> int:
 
 
 def load_all(report: Callable[[int, int], None]) -> str:
-    """Load every kernel onto the current device, telling `report` (done, all); says where their code came from."""
-    names = sources()
-    origins: dict[str, int] = {}
-    for done, name in enumerate(names, 1):
-        origin = _load(name, torch.cuda.current_device())[1]
-        origins[origin] = origins.get(origin, 0) + 1
-        report(done, len(names))
+    """Load every kernel onto the current device, telling `report` (done, all); says where their code came from.
+
+    What must be compiled is compiled on all cores at once.
+    """
+    names, device = sources(), torch.cuda.current_device()
+    torch.cuda.init()
+    with ThreadPoolExecutor(os.cpu_count()) as compilers:
+        for done, _ in enumerate(compilers.map(lambda name: _code(name, device), names), 1):
+            report(done, len(names))
+    origins = Counter(_load(name, device)[1] for name in names)
     return ", ".join(f"{count} {origin}" for origin, count in sorted(origins.items()))
 
 
@@ -132,12 +138,17 @@ def _module(source: str, device: int) -> Any:
 
 
 @cache
+def _code(source: str, device: int) -> MachineCode:
+    return machine_code(source, torch.cuda.get_device_capability(device))
+
+
+@cache
 def _load(source: str, device: int) -> tuple[Any, str]:
     from cuda.bindings import driver
 
     torch.cuda.init()
     torch.cuda.synchronize(device)  # makes the context that the module goes into
-    code = machine_code(source, torch.cuda.get_device_capability(device))
+    code = _code(source, device)
     status, module = driver.cuModuleLoadData(code.cubin)
     if status.value:
         raise KernelLoadError(f"kernel {source} ({code.origin}) does not load: {status.name}")
