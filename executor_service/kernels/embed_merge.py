@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
+from math import gcd
 from typing import Final
 
 import torch
@@ -53,8 +54,8 @@ def _cuda(token_ids: Tensor, table: Tensor, features: Sequence[Tensor], places: 
     if not out.numel():
         return out
     features = [item.to(table.dtype).contiguous() for item in features]
-    is_aligned = not any(tensor.data_ptr() % 16 for tensor in (table, *features))
-    launch, threads, length = _variant(table.shape[1] * table.itemsize, is_aligned)
+    row_bytes = table.shape[1] * table.itemsize
+    launch, threads, length = _variant(row_bytes, gcd(row_bytes, 16, *(t.data_ptr() for t in (table, *features))))
     for first in range(0, max(len(features), 1), _MAX_ITEMS):
         rows = _FeatureRows(features[first : first + _MAX_ITEMS])
         launch((len(out),), threads, token_ids, places, table, rows, first, out, length)
@@ -62,9 +63,9 @@ def _cuda(token_ids: Tensor, table: Tensor, features: Sequence[Tensor], places: 
 
 
 @cache
-def _variant(row_bytes: int, is_aligned: bool) -> tuple[Kernel, int, int]:
+def _variant(row_bytes: int, alignment: int) -> tuple[Kernel, int, int]:
     """The kernel, its threads, and how many of its accesses a row has."""
-    access = next(size for size in (16, 4, 2) if not row_bytes % size and (is_aligned or size < 16))
+    access = next(size for size in (16, 4, 2) if not alignment % size)
     length = row_bytes // access
     types = (POINTER,) * 3 + (BY_VALUE, INT, POINTER, INT)
     launch = kernel("embed_merge", f"embed_merge_{access}_{_IN_FLIGHT}", types, is_dependent=True)

@@ -14,7 +14,7 @@ from executor_service.kernels.library import define_op
 _THREADS: Final = 256
 _MAX_THREADS: Final = 512
 _MAX_SHARED_BYTES: Final = 96 * 1024
-"""Of one block, so that two fit a multiprocessor from sm_80 on, but for sm_86 and sm_89, where one does."""
+"""Of one block, which every GPU from sm_80 on has."""
 _LEVELS: Final = 256
 
 
@@ -69,8 +69,8 @@ def _wide_variant(
     count = 16 // dtype.itemsize
     packs = columns // count
     # An odd number of 16-byte units: then the rows of a patch are in different banks.
-    pitch = (width // count | 1) * count
-    num_bytes = dtype.itemsize * (num_channels * _LEVELS * 32 // dtype.itemsize + num_channels * patch * pitch)
+    pitch = (width // 16 | 1) * 16
+    num_bytes = num_channels * (_LEVELS * dtype.itemsize + patch * pitch)
     fits = num_bytes <= _MAX_SHARED_BYTES and packs <= _MAX_THREADS
     if width % 16 or patch % 2 or columns % count or columns < num_channels * patch * patch or not fits:
         return None

@@ -12,6 +12,8 @@ from executor_service.kernels.cuda.module import INT, LONG, POINTER, dtype_name,
 from executor_service.kernels.library import define_op
 
 _THREADS: Final = 256
+_IN_FLIGHT: Final = 4
+"""Loads that a thread has under way, as the kernel is compiled."""
 
 
 def normalize(tensor: Tensor, table: Tensor, channel_axis: int, dtype: torch.dtype) -> Tensor:
@@ -40,15 +42,16 @@ def _cuda(tensor: Tensor, table: Tensor, channel_axis: int, dtype: torch.dtype) 
     if not out.numel():
         return out
     num_channels, inner = table.shape[0], prod(tensor.shape[channel_axis % tensor.ndim + 1 :])
-    name = f"normalize_{dtype_name(dtype)}"
-    if inner % 16 or tensor.data_ptr() % 16:
+    name, count = f"normalize_{dtype_name(dtype)}", 16 // dtype.itemsize
+    if inner % count or tensor.data_ptr() % count:
         launch = kernel("normalize", f"{name}_single", (POINTER,) * 3 + (LONG, LONG, INT), is_dependent=True)
         blocks = min(-(-out.numel() // _THREADS), 16 * num_multiprocessors(out.device.index))
         launch((blocks,), _THREADS, tensor, table, out, out.numel(), inner, num_channels)
         return out
     launch = kernel("normalize", f"{name}_wide", (POINTER,) * 3 + (INT,) * 3, is_dependent=True)
-    pieces = -(-inner // (16 * 4 * _THREADS))
-    launch((out.numel() // inner * pieces,), _THREADS, tensor, table, out, inner, num_channels, pieces)
+    packs = inner // count
+    pieces = -(-packs // (_IN_FLIGHT * _THREADS))
+    launch((out.numel() // inner * pieces,), _THREADS, tensor, table, out, packs, num_channels, pieces)
     return out
 
 

@@ -8,25 +8,14 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from executor_service.kernels.cuda.module import (
-    FLOAT,
-    INT,
-    POINTER,
-    Kernel,
-    dtype_name,
-    is_wide,
-    kernel,
-    num_multiprocessors,
-)
+from executor_service.kernels.cuda.module import FLOAT, INT, POINTER, Kernel, dtype_name, is_wide, kernel
 from executor_service.kernels.library import define_op
 
 _VARIANTS: Final = {
-    "wide": {1: 1024, 2: 1024, 4: 512, 8: 512},
+    "wide": {1: 512, 2: 512, 4: 512, 8: 512},
     "single": {4: 512, 16: 1024},
 }
 """How many accesses of a row one thread holds, and the most threads of such a block, as the kernels are compiled."""
-_PACKS_OF_MANY_ROWS: Final = 4
-"""What keeps memory busiest once there are rows for every multiprocessor; one row is done soonest by many threads."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -55,7 +44,7 @@ def _rms_norm_cuda(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
         rows, width = x.shape
-        launch, threads = _variant("rms_norm", x.dtype, width, rows >= 2 * num_multiprocessors(x.device.index))
+        launch, threads = _variant("rms_norm", x.dtype, width)
         launch((rows,), threads, x.contiguous(), weight, out, width, epsilon)
     return out
 
@@ -64,20 +53,19 @@ def _add_rms_norm_cuda(x: Tensor, residual: Tensor, weight: Tensor, epsilon: flo
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
         rows, width = x.shape
-        launch, threads = _variant("add_rms_norm", x.dtype, width, rows >= 2 * num_multiprocessors(x.device.index))
+        launch, threads = _variant("add_rms_norm", x.dtype, width)
         launch((rows,), threads, x.contiguous(), residual, weight, out, width, epsilon)
     return out
 
 
 @cache
-def _variant(op: str, dtype: torch.dtype, width: int, is_many: bool) -> tuple[Kernel, int]:
+def _variant(op: str, dtype: torch.dtype, width: int) -> tuple[Kernel, int]:
     """The kernel whose blocks hold a row each in their registers, and the threads of a block."""
     kind = "wide" if is_wide(dtype, width) else "single"
     packs = -(-width // (16 // dtype.itemsize if kind == "wide" else 1))
-    least = _PACKS_OF_MANY_ROWS if is_many else 1
     for packs_each, max_threads in _VARIANTS[kind].items():
         threads = -(-packs // (32 * packs_each)) * 32
-        if packs_each >= least and threads <= max_threads:
+        if threads <= max_threads:
             types = (POINTER,) * (3 + (op == "add_rms_norm")) + (INT, FLOAT)
             name = f"{op}_{dtype_name(dtype)}_{kind}_{packs_each}"
             return kernel("rms_norm", name, types, is_dependent=True), threads

@@ -20,9 +20,8 @@ from executor_service.kernels.cuda.module import (
 from executor_service.kernels.library import define_op
 from executor_service.kernels.write_kv import store_rows
 
-_THREADS: Final = 256
-_MAX_THREADS: Final = 512
-_HEADS_OF_MANY_TOKENS: Final = 4
+_THREADS: Final = 512
+_HEADS_OF_MANY_TOKENS: Final = 2
 """Heads whose loads a thread has under way, where there are tokens for every multiprocessor."""
 
 
@@ -77,11 +76,11 @@ def _variant(dtype: torch.dtype, all_heads: int, head_dim: int, is_many: bool) -
     """The kernel, into how many blocks it cuts a token, and the threads of a block: whole halves of heads."""
     kind = "wide" if is_wide(dtype, head_dim // 2) else "single"
     packs = head_dim // 2 * dtype.itemsize // 16 if kind == "wide" else head_dim // 2
-    if packs > _MAX_THREADS:
-        raise ValueError(f"rotary_write_kv takes heads of at most {2 * _MAX_THREADS} accesses, not of {2 * packs}")
+    if packs > _THREADS:
+        raise ValueError(f"rotary_write_kv takes heads of at most {2 * _THREADS} accesses, not of {2 * packs}")
     heads_each = _HEADS_OF_MANY_TOKENS if is_many else 1
     pieces = -(-all_heads * packs // (heads_each * _THREADS))
-    heads_apart = min(-(-all_heads // (pieces * heads_each)), _MAX_THREADS // packs)
+    heads_apart = min(-(-all_heads // (pieces * heads_each)), _THREADS // packs)
     pieces = -(-all_heads // (heads_each * heads_apart))
     name = f"rotary_write_kv_{dtype_name(dtype)}_{kind}_{heads_each}"
     launch = kernel("rotary_write_kv", name, (POINTER,) * 7 + (INT,) * 3, is_dependent=True)

@@ -18,8 +18,9 @@ from executor_service.kernels.normalize import normalize
 
 TOWERS: Final = (CLIPVisionEmbeddings, SiglipVisionEmbeddings)
 """Embeddings whose `patch_embedding` is a convolution over pixel values that nothing else looks at."""
-COLUMNS_MULTIPLE: Final = 8
-"""Rows of the product begin at multiples of 16 bytes: cuBLAS has its fast kernels for those only."""
+COLUMNS_MULTIPLE: Final = 64
+"""Of the product's rows: cuBLAS is three times as fast with a multiple of 8 as with CLIP's own 588, and faster still
+with whole blocks of its kernels, by more than the wider rows take to write."""
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 

@@ -23,10 +23,12 @@ __device__ __forceinline__ void embed_merge(
     wait_for_previous();
     const long long token = blockIdx.x;
     const int2 place = places[token];
+    // Loaded without waiting for the place, whether it is needed or not.
+    const long long id = token_ids[token];
     const Access* from;
     if (place.x < 0) {
         if (first_item > 0) return;
-        from = table + token_ids[token] * length;
+        from = table + id * length;
     } else {
         const int item = place.x - first_item;
         if (item < 0 || item >= kMaxItems) return;

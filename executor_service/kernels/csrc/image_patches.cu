@@ -1,14 +1,16 @@
-// uint8 tiles to the rows of a patch product: normalised by table, rounded, patches unfolded, in one pass.
+// uint8 tiles to the rows of a patch product: normalised, rounded, patches unfolded, in one pass.
 #include "dependent.cuh"
-#include "numbers.cuh"
+#include "levels.cuh"
+#include "packs.cuh"
 
 namespace {
 
-constexpr int kLevels = 256;
-constexpr int kInFlight = 4;
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+    const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+}
 
-// How many copies of the table a block has: lanes that look up different levels of one copy collide.
-template <typename T> constexpr int kCopies = 32 / sizeof(T);
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 }  // namespace
 
@@ -18,81 +20,88 @@ struct Shape {
 
 namespace {
 
+// What a thread needs of its pairs of neighbouring columns, the same in every patch.
+template <int kPairs> struct Pairs {
+    unsigned offsets[kPairs];  // in the levels; two neighbours are one access, for patches have an even side
+    int channels[kPairs];      // -1: columns that are 0
+};
+
+template <int kPairs> __device__ __forceinline__ Pairs<kPairs> pairs_at(unsigned column, const Shape& shape) {
+    Pairs<kPairs> pairs;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i, column += 2) {
+        const unsigned row = column / shape.patch, channel = row / shape.patch;
+        const bool is_pixel = channel < static_cast<unsigned>(shape.num_channels);
+        pairs.offsets[i] = is_pixel ? row * shape.pitch + column - row * shape.patch : 0;
+        pairs.channels[i] = is_pixel ? static_cast<int>(channel) : -1;
+    }
+    return pairs;
+}
+
+__device__ __forceinline__ unsigned two_levels(const unsigned char* from) {
+    return *reinterpret_cast<const unsigned short*>(from);
+}
+
 // blockIdx.x is one row of patches of one tile: `patch` rows of each channel, which lie together in memory, become
-// width / patch rows of the result, which do so too. In between they stand in shared memory as elements of the result,
-// `pitch` from row to row. Thread t has pack t % packs of a row of the result, and every (blockDim.x / packs)-th row.
-// Patches have an even side, the rest is a multiple of 16 bytes.
+// width / patch rows of the result, which do so too. In between the levels stand in shared memory, `pitch` bytes from
+// row to row. Thread t has pack t % packs of a row of the result, and every (blockDim.x / packs)-th row.
 template <typename T>
 __device__ __forceinline__ void image_patches_wide(
     const uint4* __restrict__ tiles, const float* __restrict__ table, T* __restrict__ out, const Shape& shape) {
     extern __shared__ uint4 shared[];
-    constexpr int kCount = 16 / sizeof(T);
+    constexpr int kCount = 16 / sizeof(T), kPairs = kCount / 2;
     T* values = reinterpret_cast<T*>(shared);
-    T* rows = values + shape.num_channels * kLevels * kCopies<T>;
+    unsigned char* levels = reinterpret_cast<unsigned char*>(values + shape.num_channels * kLevels);
     let_next_begin();
-    const unsigned patch = shape.patch, width = shape.width, pitch = shape.pitch;
-    const unsigned patch_rows = shape.height / patch, tile = blockIdx.x / patch_rows;
-    const unsigned row_packs = width / 16, channel_packs = patch * row_packs;
+    const unsigned patch_rows = shape.height / shape.patch, tile = blockIdx.x / patch_rows;
+    const unsigned row_packs = shape.width / 16, channel_packs = shape.patch * row_packs;
     const unsigned all_packs = shape.num_channels * channel_packs, plane_packs = shape.height * row_packs;
     const uint4* from = tiles + static_cast<long long>(tile) * shape.num_channels * plane_packs +
                         (blockIdx.x - tile * patch_rows) * channel_packs;
     wait_for_previous();
-    for (unsigned begin = 0; begin < all_packs; begin += kInFlight * blockDim.x) {
-        uint4 packs[kInFlight];
-#pragma unroll
-        for (int k = 0; k < kInFlight; ++k) {
-            const unsigned i = begin + k * blockDim.x + threadIdx.x, channel = i / channel_packs;
-            if (i < all_packs) packs[k] = from[channel * plane_packs + i - channel * channel_packs];
-        }
-        if (begin == 0) {
-            for (unsigned i = threadIdx.x; i < shape.num_channels * kLevels; i += blockDim.x) {
-                Pack<T, kCount> copies;
-                const T value = from_float<T>(table[i]);
-#pragma unroll
-                for (int e = 0; e < kCount; ++e) copies.elements[e] = value;
-#pragma unroll
-                for (int e = 0; e < kCopies<T>; e += kCount) store<T, kCount>(values + i * kCopies<T> + e, copies);
-            }
-            __syncthreads();
-        }
-#pragma unroll
-        for (int k = 0; k < kInFlight; ++k) {
-            const unsigned i = begin + k * blockDim.x + threadIdx.x, channel = i / channel_packs, row = i / row_packs;
-            if (i >= all_packs) continue;
-            const T* levels = values + channel * kLevels * kCopies<T> + threadIdx.x % kCopies<T>;
-            const unsigned words[4] = {packs[k].x, packs[k].y, packs[k].z, packs[k].w};
-            T* to = rows + row * pitch + (i - row * row_packs) * 16;
-#pragma unroll
-            for (int h = 0; h < 16 / kCount; ++h) {
-                Pack<T, kCount> pack;
-#pragma unroll
-                for (int e = 0; e < kCount; ++e) {
-                    const int at = h * kCount + e;
-                    pack.elements[e] = levels[(words[at / 4] >> (at % 4 * 8) & 0xff) * kCopies<T>];
-                }
-                store<T, kCount>(to + h * kCount, pack);
-            }
-        }
+    for (unsigned i = threadIdx.x; i < all_packs; i += blockDim.x) {
+        const unsigned channel = i / channel_packs, row = i / row_packs;
+        copy_async(
+            levels + row * shape.pitch + (i - row * row_packs) * 16,
+            from + channel * plane_packs + i - channel * channel_packs);
     }
-    __syncthreads();
-    const unsigned packs = shape.columns / kCount, patches = width / patch, area = patch * patch;
+    const bool is_line = store_table(table, values, shape.num_channels);
+    const unsigned packs = shape.columns / kCount, patches = shape.width / shape.patch;
     const unsigned at = threadIdx.x % packs * kCount;
-    int offsets[kCount / 2];
-#pragma unroll
-    for (int e = 0; e < kCount; e += 2) {
-        const unsigned column = at + e, row = column / patch;
-        offsets[e / 2] = column < shape.num_channels * area ? static_cast<int>(row * pitch + column - row * patch) : -1;
-    }
+    const Pairs<kPairs> pairs = pairs_at<kPairs>(at, shape);
     T* to = out + static_cast<long long>(blockIdx.x) * patches * shape.columns + at;
-    for (unsigned i = threadIdx.x / packs; i < patches; i += blockDim.x / packs) {
-        Pack<T, kCount> pack;
+    wait_for_copies();
+    if (__syncthreads_and(is_line)) {
+        Line lines[kPairs];
 #pragma unroll
-        for (int e = 0; e < kCount; e += 2) {
-            Pack<T, 2> pair = {from_float<T>(0.0f), from_float<T>(0.0f)};
-            if (offsets[e / 2] >= 0) pair = load<T, 2>(rows + offsets[e / 2] + i * patch);
-            pack.elements[e] = pair.elements[0], pack.elements[e + 1] = pair.elements[1];
+        for (int k = 0; k < kPairs; ++k) {
+            lines[k] = {0.0f, 0.0f};
+            if (pairs.channels[k] >= 0) lines[k] = line_of(table + pairs.channels[k] * kLevels);
         }
-        store<T, kCount>(to + static_cast<long long>(i) * shape.columns, pack);
+        for (unsigned i = threadIdx.x / packs; i < patches; i += blockDim.x / packs) {
+            Floats<kCount> elements;
+#pragma unroll
+            for (int k = 0; k < kPairs; ++k) {
+                const unsigned two = two_levels(levels + pairs.offsets[k] + i * shape.patch);
+                elements.elements[2 * k] = on(lines[k], first_level(two));
+                elements.elements[2 * k + 1] = on(lines[k], second_level(two));
+            }
+            store<T, kCount>(to + static_cast<long long>(i) * shape.columns, pack_of<T>(elements));
+        }
+    } else {
+        for (unsigned i = threadIdx.x / packs; i < patches; i += blockDim.x / packs) {
+            Pack<T, kCount> pack;
+#pragma unroll
+            for (int k = 0; k < kPairs; ++k) {
+                pack.elements[2 * k] = pack.elements[2 * k + 1] = from_float<T>(0.0f);
+                if (pairs.channels[k] < 0) continue;
+                const T* row = values + pairs.channels[k] * kLevels;
+                const unsigned two = two_levels(levels + pairs.offsets[k] + i * shape.patch);
+                pack.elements[2 * k] = row[two & 0xff];
+                pack.elements[2 * k + 1] = row[two >> 8];
+            }
+            store<T, kCount>(to + static_cast<long long>(i) * shape.columns, pack);
+        }
     }
 }
 
@@ -124,7 +133,7 @@ __device__ __forceinline__ void image_patches_single(
 }  // namespace
 
 #define KERNELS(NAME, T)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(1024) image_patches_##NAME##_wide(                                  \
+    extern "C" __global__ void __launch_bounds__(512) image_patches_##NAME##_wide(                                   \
         const uint4* tiles, const float* table, T* out, int num_channels, int height, int width, int patch,          \
         int columns, int pitch) {                                                                                    \
         image_patches_wide<T>(tiles, table, out, {num_channels, height, width, patch, columns, pitch});              \

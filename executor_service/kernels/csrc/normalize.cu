@@ -1,35 +1,53 @@
 // uint8 levels to floats by a table with one row of 256 levels per channel.
 #include "dependent.cuh"
-#include "numbers.cuh"
+#include "levels.cuh"
+#include "packs.cuh"
 
 namespace {
 
-constexpr int kLevels = 256;
+constexpr int kInFlight = 4;
 
-// Planes of `length` bytes, a multiple of 16, each of one channel; `pieces` blocks per plane, whose channel's row of
-// the table lies in shared memory.
+// Planes of `packs` packs of kWide<T> levels, each of one channel; `pieces` blocks per plane.
 template <typename T>
 __device__ __forceinline__ void normalize_planes(
-    const uint4* __restrict__ levels, const float* __restrict__ table, T* __restrict__ out, int length,
+    const unsigned char* __restrict__ levels, const float* __restrict__ table, T* __restrict__ out, int packs,
     int num_channels, int pieces) {
+    constexpr int kCount = kWide<T>;
+    using Levels = Pack<unsigned char, kCount>;
     __shared__ T values[kLevels];
     let_next_begin();
+    const unsigned plane = blockIdx.x / pieces, first = blockIdx.x % pieces * kInFlight * blockDim.x + threadIdx.x;
+    const long long begin = static_cast<long long>(plane) * packs;
     wait_for_previous();
-    const unsigned plane = blockIdx.x / pieces;
-    const int piece = blockIdx.x % pieces, packs = length / 16;
-    for (int i = threadIdx.x; i < kLevels; i += blockDim.x)
-        values[i] = from_float<T>(table[plane % num_channels * kLevels + i]);
-    __syncthreads();
-    for (int i = piece * blockDim.x + threadIdx.x; i < packs; i += pieces * blockDim.x) {
-        const long long at = static_cast<long long>(plane) * packs + i;
-        const uint4 pack = levels[at];
-        const unsigned words[4] = {pack.x, pack.y, pack.z, pack.w};
-        Pack<T, kWide<T>> results[16 / kWide<T>];
+    Levels loaded[kInFlight];
 #pragma unroll
-        for (int e = 0; e < 16; ++e)
-            results[e / kWide<T>].elements[e % kWide<T>] = values[words[e / 4] >> (e % 4 * 8) & 0xff];
+    for (int k = 0; k < kInFlight; ++k) {
+        const unsigned i = first + k * blockDim.x;
+        if (i < packs) loaded[k] = load<unsigned char, kCount>(levels + (begin + i) * kCount);
+    }
+    const float* row = table + plane % num_channels * kLevels;
+    const Line line = line_of(row);
+    const bool is_line = __syncthreads_and(store_table(row, values, 1));
 #pragma unroll
-        for (int k = 0; k < 16 / kWide<T>; ++k) store<T, kWide<T>>(out + at * 16 + k * kWide<T>, results[k]);
+    for (int k = 0; k < kInFlight; ++k) {
+        const unsigned i = first + k * blockDim.x;
+        if (i >= packs) continue;
+        Pack<T, kCount> pack;
+        if (is_line) {
+            Floats<kCount> elements;
+            const unsigned* words = reinterpret_cast<const unsigned*>(&loaded[k]);
+#pragma unroll
+            for (int e = 0; e < kCount; e += 2) {
+                const unsigned two = words[e / 4] >> (e % 4 * 8);
+                elements.elements[e] = on(line, first_level(two));
+                elements.elements[e + 1] = on(line, second_level(two));
+            }
+            pack = pack_of<T>(elements);
+        } else {
+#pragma unroll
+            for (int e = 0; e < kCount; ++e) pack.elements[e] = values[loaded[k].elements[e]];
+        }
+        store<T, kCount>(out + (begin + i) * kCount, pack);
     }
 }
 
@@ -49,8 +67,8 @@ __device__ __forceinline__ void normalize_elements(
 
 #define KERNELS(NAME, T)                                                                                         \
     extern "C" __global__ void normalize_##NAME##_wide(                                                          \
-        const uint4* levels, const float* table, T* out, int length, int num_channels, int pieces) {             \
-        normalize_planes<T>(levels, table, out, length, num_channels, pieces);                                   \
+        const unsigned char* levels, const float* table, T* out, int packs, int num_channels, int pieces) {      \
+        normalize_planes<T>(levels, table, out, packs, num_channels, pieces);                                    \
     }                                                                                                            \
     extern "C" __global__ void normalize_##NAME##_single(                                                        \
         const unsigned char* levels, const float* table, T* out, long long count, long long inner,               \

@@ -82,10 +82,10 @@ __device__ __forceinline__ void normalize_row(
         normalize_row<T, COUNT, PACKS, true>(x, residual, weight, out, width, epsilon);                            \
     }
 #define WIDTHS(NAME, T)                          \
-    KERNELS(NAME, T, wide, kWide<T>, 1, 1024)    \
-    KERNELS(NAME, T, wide, kWide<T>, 2, 1024)    \
-    KERNELS(NAME, T, wide, kWide<T>, 4, 512)     \
-    KERNELS(NAME, T, wide, kWide<T>, 8, 512)     \
+    KERNELS(NAME, T, wide, kWide<T>, 1, 512)    \
+    KERNELS(NAME, T, wide, kWide<T>, 2, 512)    \
+    KERNELS(NAME, T, wide, kWide<T>, 4, 512)    \
+    KERNELS(NAME, T, wide, kWide<T>, 8, 512)    \
     KERNELS(NAME, T, single, 1, 4, 512)          \
     KERNELS(NAME, T, single, 1, 16, 1024)
 FOR_EACH_DTYPE(WIDTHS)

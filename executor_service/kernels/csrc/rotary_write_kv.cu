@@ -70,7 +70,6 @@ __device__ __forceinline__ void rotary_write_kv(
 #define KERNELS(NAME, T)                   \
     KERNEL(NAME, T, wide, kWide<T>, 1)     \
     KERNEL(NAME, T, wide, kWide<T>, 2)     \
-    KERNEL(NAME, T, wide, kWide<T>, 4)     \
     KERNEL(NAME, T, single, 1, 1)          \
-    KERNEL(NAME, T, single, 1, 4)
+    KERNEL(NAME, T, single, 1, 2)
 FOR_EACH_DTYPE(KERNELS)

@@ -48,7 +48,6 @@ __device__ __forceinline__ void silu_mul(const T* __restrict__ gate_up, T* __res
     }
 #define KERNELS(NAME, T)                  \
     KERNEL(NAME, T, wide, kWide<T>, 1)    \
-    KERNEL(NAME, T, wide, kWide<T>, 2)    \
     KERNEL(NAME, T, wide, kWide<T>, 4)    \
     KERNEL(NAME, T, single, 1, 4)
 FOR_EACH_DTYPE(KERNELS)
