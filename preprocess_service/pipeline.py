@@ -189,16 +189,15 @@ class Pipeline:
         """One answer."""
         call.deadline.check("start")
         with stage("execute", is_remote=True):
-            start = make_start(call, plan, self._checkpoint.fingerprint.digest)
-            with executor.request(start) as remote:
-                answer = Answer(self._checkpoint.tokenizer, call.stop, plan, call.sampling.min_tokens)
-                sender = ItemSender(plan, self._media, executor, remote, answer.add_times)
-                try:
-                    sender.begin()
+            answer = Answer(self._checkpoint.tokenizer, call.stop, plan, call.sampling.min_tokens)
+            sender = ItemSender(plan, self._media, executor, answer.add_times)
+            try:
+                sender.begin()
+                with executor.request(make_start(call, plan, self._checkpoint.fingerprint.digest)) as remote:
                     async for piece in self._answer(call, answer, sender, remote):
                         yield piece
-                finally:
-                    sender.cancel()
+            finally:
+                sender.cancel()
 
     async def _answer(
         self, call: GenerateCall, answer: Answer, sender: ItemSender, remote: RemoteRequest
@@ -210,7 +209,7 @@ class Pipeline:
                 ended: Ended | None = None
                 for event in await remote.next_events():
                     if isinstance(event, MissingItems):
-                        sender.send(event.indices)
+                        sender.send(event.indices, remote)
                     elif isinstance(event, PromptScores):
                         delta.prompt_logprobs += event.logprobs
                     elif isinstance(event, TokenOutput):

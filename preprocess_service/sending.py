@@ -1,7 +1,8 @@
 """A request's items on their way to the executor: decoded, mapped and handed to its stream.
 
 Nothing is sent before the executor says that it misses it. But what it has surely never seen is loaded meanwhile: the
-answer takes a trip there and back.
+answer takes a trip there and back. Of requests that share a stream only the first is asked for an item, so the others
+do not load it.
 """
 
 from __future__ import annotations
@@ -27,15 +28,14 @@ class ItemSender:
         plan: Plan,
         media: MediaWorkers,
         executor: Executor,
-        remote: RemoteRequest,
         on_loaded: Callable[[MappedItem], None],
     ) -> None:
         self._items = plan.items
         self._media = media
         self._executor = executor
-        self._remote = remote
         self._on_loaded = on_loaded
-        self._early: dict[int, asyncio.Task[MappedItem]] = {}
+        self._early: dict[int, asyncio.Future[MappedItem]] = {}
+        self._promised: set[bytes] = set()
         self._asked_for: set[int] = set()
         self._senders: list[asyncio.Task[None]] = []
 
@@ -45,56 +45,59 @@ class ItemSender:
         return all(sender.done() for sender in self._senders)
 
     def begin(self) -> None:
-        """Load the items that the executor cannot have, as far as there are workers for it."""
-        seen: set[bytes] = set()
+        """Load what the executor will ask for, as far as there are workers for it; called before its Start is sent."""
         for index, item in enumerate(self._items):
             digest = item.media_digest
-            if item.mapped is not None or digest is None or digest in seen or self._executor.has_seen(digest):
+            if item.mapped is not None or digest is None or digest in self._promised or self._executor.expects(digest):
                 continue
-            if not self._media.take_early():
-                return
-            seen.add(digest)
-            self._early[index] = asyncio.create_task(self._media.load(item, index))
+            self._promised.add(digest)
+            self._executor.promise(digest)
+            if self._media.take_early():
+                self._early[index] = self._media.load(item, index)
 
-    def send(self, indices: Sequence[int]) -> None:
+    def send(self, indices: Sequence[int], remote: RemoteRequest) -> None:
         """Send what the executor misses; what it turned out to have is dropped.
 
         It may ask a second time: for an item that was on its way for another request, which has ended.
         """
         self._asked_for.update(indices)
-        for index in self._early.keys() - self._asked_for:
-            self._drop(index)
-        self._senders.append(asyncio.create_task(self._send(indices)))
+        for index, item in enumerate(self._items):
+            if index not in self._asked_for and item.media_digest is not None:
+                self._executor.note_seen(item.media_digest)
+                self._drop(index)
+        self._senders.append(asyncio.create_task(self._send(indices, remote)))
 
     def cancel(self) -> None:
         """Stop all that is not done."""
         for index in list(self._early):
             self._drop(index)
+        for digest in self._promised:
+            self._executor.withdraw(digest)
         for sender in self._senders:
             sender.cancel()
 
-    async def _send(self, indices: Sequence[int]) -> None:
+    async def _send(self, indices: Sequence[int], remote: RemoteRequest) -> None:
         """Every item as soon as it is ready; the first failure ends the request."""
-        tasks = [asyncio.create_task(self._send_item(index)) for index in indices]
+        tasks = [asyncio.create_task(self._send_item(index, remote)) for index in indices]
         try:
             await asyncio.gather(*tasks)
         except DiptychError as error:
-            self._remote.fail(error)
+            remote.fail(error)
         except Exception:
             LOG.exception("unexpected error while decoding or mapping")
-            self._remote.fail(InternalError("internal error; the server's log has the details", stage="decode"))
+            remote.fail(InternalError("internal error; the server's log has the details", stage="decode"))
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _send_item(self, index: int) -> None:
+    async def _send_item(self, index: int, remote: RemoteRequest) -> None:
         if index >= len(self._items):
             raise InternalError(f"the executor asks for item {index} of {len(self._items)}", stage="decode")
         item = self._items[index]
         mapped = await self._load(index)
         self._on_loaded(mapped)
         for tensor_index, name in enumerate(item.tensors):
-            self._remote.send_tensor(index, tensor_index, mapped.tensors[name])
+            remote.send_tensor(index, tensor_index, mapped.tensors[name])
         if item.media_digest is not None:
             self._executor.note_seen(item.media_digest)
 

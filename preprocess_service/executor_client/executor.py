@@ -57,6 +57,7 @@ class Executor:
         self._streams: list[ExecutorStream] = []
         self._num_live = 0
         self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self._promised: set[bytes] = set()
         self.num_sent_bytes = 0
         self._task = asyncio.create_task(self._keep_connected())
 
@@ -82,12 +83,24 @@ class Executor:
             self._num_live -= 1
             remote.release()
 
+    def expects(self, media_digest: bytes) -> bool:
+        """Whether it will hardly ask a new request for this file: it had it, or another is to send it on the stream."""
+        return self.has_seen(media_digest) or (self._shares_stream and media_digest in self._promised)
+
+    def promise(self, media_digest: bytes) -> None:
+        """A request that is about to start has this file."""
+        self._promised.add(media_digest)
+
+    def withdraw(self, media_digest: bytes) -> None:
+        """The request has sent the file, or never will."""
+        self._promised.discard(media_digest)
+
     def has_seen(self, media_digest: bytes) -> bool:
-        """Whether it has been sent this file before, on this connection; it may have forgotten it since."""
+        """Whether it has had this file before, on this connection; it may have forgotten it since."""
         return media_digest in self._seen
 
     def note_seen(self, media_digest: bytes) -> None:
-        """It has been sent this file."""
+        """It has been sent this file, or did not miss it."""
         self._seen[media_digest] = None
         self._seen.move_to_end(media_digest)
         if len(self._seen) > MAX_SEEN:
@@ -172,6 +185,7 @@ class Executor:
         was_connected = self.model is not None
         self.model, self._load = None, None
         self._seen.clear()
+        self._promised.clear()
         if was_connected:
             LOG.warning("lost executor %s: %s", self.address, reason)
             self._on_change()

@@ -99,7 +99,7 @@ async def test_a_client_that_goes_away_ends_the_decoding(
     monkeypatch.setitem(decode._DECODERS, "image", held)  # type: ignore[arg-type]
     async with served(checkpoint_dir, executor, media_threads=1) as (_, client):
         request = asyncio.create_task(client.generate(Prompt("<image>" * 4, [IMAGE] * 4)))
-        await eventually(lambda: bool(decoded))
+        await eventually(lambda: bool(decoded and executor.requests))
         request.cancel()
         await eventually(executor.requests[-1].cancelled.is_set)
         go_on.set()

@@ -142,6 +142,59 @@ async def test_one_picture_twice_is_loaded_once(
         await answer
 
 
+async def test_what_another_request_is_about_to_send_is_not_loaded(
+    checkpoint_dir: Path, executor: StandInExecutor, decoded: list[bytes]
+) -> None:
+    """On the stream that they share the executor asks the first alone, so the second has nothing to load."""
+    executor.has_room.clear()
+    (file,) = files(1)
+    async with served(checkpoint_dir, executor, media_threads=4) as (server, client):
+        first = ask(client, file)
+        await eventually(lambda: num_early(server) == 1)
+        second = ask(client, file)
+        await eventually(lambda: len(executor.requests) == 2)
+        await asyncio.sleep(SECONDS_TO_BE_SURE)
+        assert decoded == [file]
+        assert num_early(server) == 1
+        first.cancel()
+        await eventually(lambda: num_early(server) == 0)
+        third = ask(client, file)
+        await eventually(lambda: num_early(server) == 1)
+        executor.has_room.set()
+        assert (await second).token_ids == (await third).token_ids, "whoever is asked in the end loads it then"
+        assert num_early(server) == 0
+
+
+async def test_on_streams_of_their_own_both_requests_load_ahead(
+    checkpoint_dir: Path, executor: StandInExecutor, decoded: list[bytes]
+) -> None:
+    """There the executor asks every one of them."""
+    executor.has_room.clear()
+    (file,) = files(1)
+    async with served(checkpoint_dir, executor, media_threads=4, executor_streams="per-request") as (server, client):
+        answers = [ask(client, file), ask(client, file)]
+        await eventually(lambda: decoded == [file, file])
+        assert num_early(server) == 2
+        executor.has_room.set()
+        assert all([(await answer).token_ids for answer in answers])
+
+
+async def test_what_the_executor_did_not_miss_is_not_loaded_the_next_time(
+    checkpoint_dir: Path, executor: StandInExecutor, decoded: list[bytes], checkpoint: Checkpoint
+) -> None:
+    """Another service has sent it, which this one has learnt from its first request."""
+    (file,) = files(1)
+    other = StandInExecutor(checkpoint.fingerprint)
+    async with served(checkpoint_dir, other) as (_, client):
+        await ask(client, file)
+    executor.held = {other.requests[-1].start.items[0].media_digest}
+    async with served(checkpoint_dir, executor) as (_, client):
+        await ask(client, file)
+        num_decoded = len(decoded)
+        await ask(client, file)
+        assert len(decoded) == num_decoded
+
+
 async def test_a_cancelled_request_gives_its_places_back(checkpoint_dir: Path, executor: StandInExecutor) -> None:
     executor.has_room.clear()
     async with served(checkpoint_dir, executor, media_threads=2) as (server, client):
