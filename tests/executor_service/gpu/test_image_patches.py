@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executor_service.kernels.image_patches import image_patches
+from registry import Normalization
 from tests.executor_service.gpu.tensors import DTYPES, ERRORS, SEEDS, poison
 
 pytestmark = pytest.mark.gpu
@@ -19,13 +20,27 @@ SHAPES = st.sampled_from([
 """Channels, height, width and side of a patch; some for 16-byte accesses, some with remainders, odd or tiny."""
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 4), SHAPES, st.sampled_from([1, 8, 64]), DTYPES, SEEDS)
-def test_image_patches(num_tiles: int, shape, multiple: int, dtype: torch.dtype, seed: int) -> None:
+TABLES = st.sampled_from(["random", "straight", "bent"])
+
+
+def a_table(kind: str, num_channels: int, seed: int) -> torch.Tensor:
+    """Random values, those of rescaling and normalising, or these with a single one that is a bit off the line."""
+    if kind == "random":
+        return torch.randn(num_channels, 256, generator=torch.Generator().manual_seed(seed))
+    mean, std = (0.48145466, 0.4578275, 0.40821073, 0.5), (0.26862954, 0.26130258, 0.27577711, 0.5)
+    table = torch.from_numpy(Normalization(1 / 255, mean[:num_channels], std[:num_channels]).table.copy())
+    if kind == "bent":
+        table[seed % num_channels, 1 + seed % 254] *= 1.02
+    return table
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 4), SHAPES, st.sampled_from([1, 8, 64]), TABLES, DTYPES, SEEDS)
+def test_image_patches(num_tiles: int, shape, multiple: int, kind: str, dtype: torch.dtype, seed: int) -> None:
     num_channels, height, width, patch = shape
     generator = torch.Generator().manual_seed(seed)
     tiles = torch.randint(256, (num_tiles, num_channels, height, width), generator=generator, dtype=torch.uint8)
-    table = torch.randn(num_channels, 256, generator=generator)
+    table = a_table(kind, num_channels, seed)
     columns = -(-num_channels * patch * patch // multiple) * multiple
     poison()
     got = image_patches(tiles.cuda(), table.cuda(), patch, columns, dtype)

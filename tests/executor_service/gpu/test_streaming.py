@@ -15,6 +15,7 @@ from executor_service.kernels.rms_norm import add_rms_norm, rms_norm
 from executor_service.kernels.rotary_write_kv import rotary_write_kv
 from executor_service.kernels.silu_mul import silu_mul
 from executor_service.kernels.write_kv import write_kv
+from registry import Normalization
 from tests.executor_service.gpu.tensors import DTYPES, ERRORS, SEEDS, close, poison, random
 
 pytestmark = pytest.mark.gpu
@@ -140,14 +141,16 @@ def test_write_kv(
 @settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from([(3, 5, 7), (3, 16, 16), (0, 3, 4, 4), (2, 3, 336, 336), (1, 3, 30, 40), (50, 3)]),
-    st.integers(-3, -1), DTYPES, SEEDS,
+    st.integers(-3, -1), st.booleans(), DTYPES, SEEDS,
 )  # fmt: skip
-def test_normalize(shape: tuple[int, ...], axis: int, dtype: torch.dtype, seed: int) -> None:
-    """Bit for bit as on the CPU, whichever axis has the channels."""
+def test_normalize(shape: tuple[int, ...], axis: int, is_line: bool, dtype: torch.dtype, seed: int) -> None:
+    """Bit for bit as on the CPU, whichever axis has the channels, and whether the table is a straight line or not."""
     axis = max(axis, -len(shape))
     generator = torch.Generator().manual_seed(seed)
     levels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     table = torch.randn(shape[axis], 256, generator=generator)
+    if is_line:
+        table = torch.from_numpy(Normalization(1 / 255, (0.4,) * shape[axis], (0.3,) * shape[axis]).table.copy())
     poison()
     got = normalize(levels.cuda(), table.cuda(), axis % len(shape), dtype)
     assert torch.equal(got.cpu(), normalize(levels, table, axis % len(shape), dtype))
