@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Final
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from executor_service.engine.messages import TokenLogprobs
 from executor_service.engine.request import Request
 from executor_service.engine.scheduler import ScheduledRequest
+from executor_service.engine.transfers import HostCopy, to_device
 
 ROWS_AT_ONCE: Final = 64
 """Prompt positions whose logits exist at the same time, so that a long prompt needs no more memory than a short one."""
@@ -21,26 +22,51 @@ PromptLogprobs = tuple[Request, list[TokenLogprobs]]
 """A request and the log probabilities of its next prompt tokens."""
 
 
-def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
+class PendingLogprobs:
     """The log probability of one token per row of logits [R, vocabulary], and of its row's `num_top` likeliest tokens.
 
     Computed in float64. A token id without a logit (placeholders of some families) has the log probability -inf.
     """
-    vocabulary = logits.shape[-1]
-    logprobs = logits.to(torch.float64).log_softmax(dim=-1)
-    ids = torch.tensor(token_ids, device=logits.device)
-    gathered = logprobs.gather(-1, ids.clamp(max=vocabulary - 1)[:, None]).squeeze(-1)
-    chosen: list[float] = gathered.masked_fill(ids >= vocabulary, float("-inf")).tolist()
-    values, indices = (part.tolist() for part in logprobs.topk(min(max(num_top), vocabulary), dim=-1))
-    return [
-        TokenLogprobs(token_id, chosen[row], tuple(zip(indices[row][:count], values[row][:count], strict=True)))
-        for row, (token_id, count) in enumerate(zip(token_ids, num_top, strict=True))
-    ]
+
+    def __init__(self, logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> None:
+        self._token_ids, self._num_top = token_ids, num_top
+        vocabulary = logits.shape[-1]
+        logprobs = logits.to(torch.float64).log_softmax(dim=-1)
+        ids = to_device(np.array(token_ids, dtype=np.int64), logits.device)
+        gathered = logprobs.gather(-1, ids.clamp(max=vocabulary - 1)[:, None]).squeeze(-1)
+        self._chosen = HostCopy(gathered.masked_fill(ids >= vocabulary, float("-inf")))
+        self._values, self._indices = map(HostCopy, logprobs.topk(min(max(num_top), vocabulary), dim=-1))
+
+    def result(self) -> list[TokenLogprobs]:
+        """One entry per row; waits until they are on the host."""
+        chosen, values, indices = (copy.wait().tolist() for copy in (self._chosen, self._values, self._indices))
+        return [
+            TokenLogprobs(token_id, chosen[row], tuple(zip(indices[row][:count], values[row][:count], strict=True)))
+            for row, (token_id, count) in enumerate(zip(self._token_ids, self._num_top, strict=True))
+        ]
+
+
+class PendingPromptLogprobs:
+    """What a step says of prompt tokens; going through it waits until that is on the host."""
+
+    def __init__(
+        self,
+        requests: Sequence[Request] = (),
+        counts: Sequence[int] = (),
+        parts: Sequence[PendingLogprobs] = (),
+    ) -> None:
+        self._requests, self._counts, self._parts = requests, counts, parts
+
+    def __iter__(self) -> Iterator[PromptLogprobs]:
+        scores = [entry for part in self._parts for entry in part.result()]
+        for request, (begin, end) in zip(self._requests, pairwise(np.cumsum([0, *self._counts])), strict=True):
+            if begin < end:
+                yield request, scores[begin:end]
 
 
 def prompt_logprobs(
     batch: Sequence[ScheduledRequest], hidden: Tensor, ends: np.ndarray, compute_logits: Callable[[Tensor], Tensor]
-) -> list[PromptLogprobs]:
+) -> PendingPromptLogprobs:
     """For the requests that ask: what this step's chunks say of the prompt tokens that follow them.
 
     `hidden` [T, width] of the flattened batch, `ends` [R] where each request ends in it. Position i tells of token
@@ -48,7 +74,7 @@ def prompt_logprobs(
     """
     asking = [row for row, scheduled in enumerate(batch) if scheduled.request.scores_prompt]
     if not asking:
-        return []
+        return PendingPromptLogprobs()
     requests: list[Request] = []
     counts: list[int] = []
     rows: list[np.ndarray] = []
@@ -59,8 +85,9 @@ def prompt_logprobs(
         requests.append(scheduled.request)
         counts.append(max(last - first, 0))
         rows.append(np.arange(first, last) - 1 + begin)
-    scores = _score(requests, counts, np.concatenate(rows), hidden, compute_logits)
-    return [(request, score) for request, score in zip(requests, scores, strict=True) if score]
+    return PendingPromptLogprobs(
+        requests, counts, _score(requests, counts, np.concatenate(rows), hidden, compute_logits)
+    )
 
 
 def _next_scores(scheduled: ScheduledRequest) -> tuple[int, int]:
@@ -76,8 +103,8 @@ def _score(
     rows: np.ndarray,
     hidden: Tensor,
     compute_logits: Callable[[Tensor], Tensor],
-) -> list[list[TokenLogprobs]]:
-    """Each request's next `counts[r]` scores, and note that it has them."""
+) -> list[PendingLogprobs]:
+    """Each request's next `counts[r]` scores behind each other, and note that it has them."""
     targets: list[int] = []
     num_top: list[int] = []
     for request, count in zip(requests, counts, strict=True):
@@ -85,10 +112,9 @@ def _score(
         targets += request.token_ids[first : first + count].tolist()
         num_top += [request.sampling.prompt_logprobs or 0] * count
         request.num_scored_tokens += count
-    scores: list[TokenLogprobs] = []
+    parts: list[PendingLogprobs] = []
     for begin in range(0, len(rows), ROWS_AT_ONCE):
         places = slice(begin, begin + ROWS_AT_ONCE)
-        logits = compute_logits(hidden[torch.from_numpy(rows[places]).to(hidden.device)])
-        scores += token_logprobs(logits, targets[places], num_top[places])
-    bounds = np.cumsum([0, *counts])
-    return [scores[begin:end] for begin, end in pairwise(bounds)]
+        logits = compute_logits(hidden[to_device(rows[places], hidden.device)])
+        parts.append(PendingLogprobs(logits, targets[places], num_top[places]))
+    return parts

@@ -8,7 +8,7 @@ import torch
 
 from executor_service.engine.block_manager import BlockManager
 from executor_service.engine.kv_cache import allocate_kv_caches
-from executor_service.engine.logprobs import ROWS_AT_ONCE, token_logprobs
+from executor_service.engine.logprobs import ROWS_AT_ONCE, PendingLogprobs
 from executor_service.engine.memory import DeviceMemory, Memory
 from executor_service.engine.messages import SamplingParams
 from executor_service.engine.model_runner import ModelRunner
@@ -133,7 +133,7 @@ def _run_sampler(runner: ModelRunner) -> None:
     for request in requests:
         runner.sampler.release(request.request_id)
     logits = runner.model.compute_logits(runner.zeros(ROWS_AT_ONCE))
-    token_logprobs(logits, [0] * ROWS_AT_ONCE, [20] * ROWS_AT_ONCE)
+    PendingLogprobs(logits, [0] * ROWS_AT_ONCE, [20] * ROWS_AT_ONCE)
 
 
 def _graph_bytes(runner: ModelRunner, memory: Memory, num_graphs: int) -> int:

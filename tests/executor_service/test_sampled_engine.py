@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from executor_service.engine.logprobs import PendingLogprobs
 from executor_service.engine.messages import FinishReason, TokenLogprobs
 from executor_service.engine.request import Request
 from tests.checkpoints import VOCAB_SIZE
@@ -262,8 +263,6 @@ def test_a_prompt_of_one_token_has_no_logprobs(bench: Bench) -> None:
 
 def test_a_placeholder_without_a_logit_is_impossible() -> None:
     """Some families have placeholder ids beyond their embedding."""
-    from executor_service.engine.logprobs import token_logprobs
-
-    (entry,) = token_logprobs(torch.zeros(1, 10), [10], [2])
+    (entry,) = PendingLogprobs(torch.zeros(1, 10), [10], [2]).result()
     assert entry.logprob == -torch.inf
     assert len(entry.top) == 2
