@@ -195,7 +195,7 @@ def arms(case: Case) -> dict[str, Callable[[], Arm]]:
     return table
 
 
-EXPERIMENTS: tuple[str, ...] = ("_free", "_late", "_strict")
+EXPERIMENTS: tuple[str, ...] = ("_full", "_free", "_strict")
 
 
 def reference(case: Case, x: Inputs) -> Tensor:
@@ -209,7 +209,11 @@ def reference(case: Case, x: Inputs) -> Tensor:
     return (scores.softmax(-1) @ values).transpose(0, 1)
 
 
-def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+Captured = tuple[torch.cuda.CUDAGraph, Sequence[Callable[[], object]]]
+"""A graph and the calls in it, which keep alive what it reads."""
+
+
+def captured(calls: Sequence[Callable[[], object]]) -> Captured:
     """A graph of all calls, each of which has run once before."""
     for call in calls:
         call()
@@ -218,7 +222,7 @@ def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return graph
+    return graph, calls
 
 
 def replay_seconds(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
@@ -232,7 +236,7 @@ def replay_seconds(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
     return begin.elapsed_time(end) / 1000 / repeats
 
 
-def in_turns(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]]) -> dict[str, list[float]]:
+def in_turns(graphs: dict[str, Captured]) -> dict[str, list[float]]:
     """Seconds of one call of each graph's calls, pass by pass."""
     repeats = {
         name: max(1, round(PASS_SECONDS / min(replay_seconds(graph, 1) for _ in range(2))))
@@ -240,8 +244,8 @@ def in_turns(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]]) -> dict[str, l
     }
     seconds: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(PASSES):
-        for name, (graph, num_calls) in graphs.items():
-            seconds[name].append(replay_seconds(graph, repeats[name]) / num_calls)
+        for name, (graph, calls) in graphs.items():
+            seconds[name].append(replay_seconds(graph, repeats[name]) / len(calls))
     return seconds
 
 
@@ -256,14 +260,13 @@ def measure(case: Case) -> dict[str, Any]:
     a, b = normal(SIDE, SIDE), normal(SIDE, SIDE)
     inputs = [make_inputs(case) for _ in range(num_sets(case))]
     expected = reference(case, inputs[0])
-    graphs = {"product": (captured([lambda: a @ b] * 4), 4)}
+    graphs = {"product": captured([lambda: a @ b] * 4)}
     figures: dict[str, Any] = {}
     for name, make in arms(case).items():
         try:
             arm = make()
             out = arm(inputs[0])[: case.new, :2].double()
-            calls = [lambda arm=arm, one=one: arm(one) for one in inputs]
-            graphs[name] = captured(calls), len(calls)
+            graphs[name] = captured([partial(arm, one) for one in inputs])
         except (RuntimeError, TypeError, ImportError, AttributeError) as error:
             figures[name] = {"failed": f"{type(error).__name__}: {error}"[:200]}
             torch.cuda.synchronize()

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kGroups = 2;  // warpgroups that compute
 constexpr int kThreads = 128 * (1 + kGroups);
-enum Variant { kTakesTurns = 1, kFinishes = 2, kLazy = 4 };
+enum Variant { kTakesTurns = 1, kFinishes = 2, kLazy = 4, kHalf = 8 };
 
 struct alignas(64) TensorMap {
     unsigned char bytes[128];
@@ -241,6 +241,7 @@ __device__ __forceinline__ void bring_keys_and_values(const Arguments& arguments
 template <typename T, int kDim>
 __device__ __forceinline__ void issue_query_times_keys(float (&scores)[kKeys / 2], unsigned queries, unsigned keys) {
     using S = Shared<kDim>;
+    begin_products();
     const unsigned long long a = descriptor(queries, S::kHalves * S::kAtom, 16);
     const unsigned long long b = descriptor(keys, S::kHalves * S::kAtom, 16);
 #pragma unroll
@@ -251,14 +252,15 @@ __device__ __forceinline__ void issue_query_times_keys(float (&scores)[kKeys / 2
     commit_products();
 }
 
-// outputs (+)= 64 rows of weights x kKeys values, issued and committed.
-template <typename T, int kDim>
+// outputs (+)= 64 rows of weights x 4 kCount values, issued and committed.
+template <typename T, int kDim, int kCount>
 __device__ __forceinline__ void issue_weights_times_values(
-    float (&outputs)[kDim / 2], const unsigned (&weights)[kKeys / 4], unsigned values, bool adds) {
+    float (&outputs)[kDim / 2], const unsigned (&weights)[kCount], unsigned values, bool adds) {
     using S = Shared<kDim>;
+    begin_products();
     const unsigned long long b = descriptor(values, S::kHalves * S::kAtom, S::kAtom);
 #pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k)
+    for (int k = 0; k < kCount / 4; ++k)
         multiply_registers(
             T(), outputs, weights + 4 * k, b + (k * 2 * S::kHalves * S::kAtom >> 4), k > 0 || adds);
     commit_products();
@@ -291,80 +293,133 @@ __device__ __forceinline__ void store_rows(
     __syncwarp();
 }
 
-// One warpgroup: attention of its half of every tile of queries.
-template <typename T, int kDim, int kVariant>
-__device__ __forceinline__ void attend(const Arguments& arguments, const Shared<kDim>& shared, int group) {
+// One warpgroup: attention of its half of every tile of queries. Its work is one stream of tiles of keys, also across
+// tiles of queries: while the weights of one meet their values, the next is multiplied by its queries and softened.
+template <typename T, int kDim, int kVariant> struct Warpgroup {
     using S = Shared<kDim>;
-    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, first = group * 64 + warp * 16;
-    const Scaling scaling = scaling_of(arguments.scale, arguments.softcap);
-    const auto release = [&](int which, int index) {
+    using Scores = float[kKeys / 2];
+    using Weights = unsigned[kKeys / 4];
+    using Outputs = float[kDim / 2];
+    using HalfWeights = unsigned[kKeys / 8];
+
+    const Arguments& arguments;
+    const S& shared;
+    const int group, lane, first_row;
+    const Scaling scaling;
+
+    __device__ __forceinline__ Warpgroup(const Arguments& arguments, const S& shared, int group)
+        : arguments(arguments), shared(shared), group(group), lane(threadIdx.x % 32),
+          first_row(group * 64 + threadIdx.x / 32 % 4 * 16),
+          scaling(scaling_of(arguments.scale, arguments.softcap)) {}
+
+    __device__ __forceinline__ Work draw(unsigned number) const {
+        const int slot = number % kSlots;
+        wait(shared.barrier(S::kQueries, slot), number / kSlots & 1);
+        return shared.work(slot);
+    }
+    __device__ __forceinline__ void wait_for(int which, unsigned number) const {
+        wait(shared.barrier(which, number % kStages), number / kStages & 1);
+    }
+    __device__ __forceinline__ void release(int which, unsigned number) const {
         __syncwarp();
-        if (lane == 0) arrive(shared.barrier(which, index));
-    };
-    if ((kVariant & kTakesTurns) && group == 1) announce_to(1, 256);
-    unsigned count = 0;
-    for (unsigned i = 0;; ++i) {
-        const int slot = i % kSlots;
-        wait(shared.barrier(S::kQueries, slot), i / kSlots & 1);
-        const Work work = shared.work(slot);
-        if (!work.num_rows) return;
-        const unsigned queries = shared.queries(slot) + group * 8 * S::kHalves * S::kAtom;
-        const int position = work.position + first;
-        float outputs[kDim / 2], scores[kKeys / 2], corrections[2];
-        unsigned weights[kKeys / 4];
-        Rows rows;
-        const auto soften = [&](int tile) {
-            const int key = tile * kKeys;
-            if (scaling.inner != 0.0f) cap(scores, scaling.inner);
-            if (key + kKeys - 1 > position || (arguments.window && key <= position + 15 - arguments.window))
-                mask(scores, position + lane / 4, key + lane % 4 * 2, arguments.window);
-            exponentiate<kVariant & kLazy ? 8 : 0>(scores, rows, scaling.factor, corrections);
-        };
-        wait(shared.barrier(S::kKeysThere, count % kStages), count / kStages & 1);
-        begin_products();
-        issue_query_times_keys<T, kDim>(scores, queries, shared.keys(count % kStages));
-        wait_for_products<0>();
-        settle(scores);
-        release(S::kKeysFree, count % kStages);
-        soften(work.highest);
-        to_operand<T>(scores, weights);
-        for (int tile = work.highest - 1; tile >= work.lowest; --tile, ++count) {
-            const int stage = count % kStages, next = (count + 1) % kStages;
-            wait(shared.barrier(S::kKeysThere, next), (count + 1) / kStages & 1);
-            if ((kVariant & kTakesTurns)) sync_threads(1 + group, 256);
-            begin_products();
-            issue_query_times_keys<T, kDim>(scores, queries, shared.keys(next));
-            wait(shared.barrier(S::kValuesThere, stage), count / kStages & 1);
-            issue_weights_times_values<T, kDim>(outputs, weights, shared.values(stage), tile + 1 < work.highest);
-            if ((kVariant & kTakesTurns)) announce_to(2 - group, 256);
-            wait_for_products<1>();
-            settle(scores);
-            release(S::kKeysFree, next);
-            soften(tile);
-            if (kVariant & kFinishes) finish(rows.sum[0] + rows.sum[1], shared.address);
-            wait_for_products<0>();
-            settle(outputs);
-            release(S::kValuesFree, stage);
-            if (!(kVariant & kLazy) || __any_sync(kAllLanes, corrections[0] != 1.0f || corrections[1] != 1.0f))
-                scale_rows(outputs, corrections);
-            to_operand<T>(scores, weights);
-        }
-        wait(shared.barrier(S::kValuesThere, count % kStages), count / kStages & 1);
-        begin_products();
-        issue_weights_times_values<T, kDim>(
-            outputs, weights, shared.values(count % kStages), work.highest > work.lowest);
-        wait_for_products<0>();
-        settle(outputs);
-        release(S::kValuesFree, count % kStages);
-        ++count;
+        if (lane == 0) arrive(shared.barrier(which, number % kStages));
+    }
+    // Whether the second half of a tile of keys is hidden from the whole warpgroup.
+    __device__ __forceinline__ bool is_half(const Work& work, int tile) const {
+        if constexpr ((kVariant & kHalf) == 0) return false;
+        return __shfl_sync(kAllLanes, tile * kKeys + kKeys / 2 > work.position + group * 64 + 63, 0);
+    }
+    __device__ __forceinline__ void issue_scores(Scores& scores, int slot, unsigned number) const {
+        issue_query_times_keys<T, kDim>(
+            scores, shared.queries(slot) + group * 8 * S::kHalves * S::kAtom, shared.keys(number % kStages));
+    }
+    __device__ __forceinline__ void issue_outputs(
+        Outputs& outputs, const Weights& weights, unsigned number, bool adds, bool half) const {
+        const unsigned values = shared.values(number % kStages);
+        if (half)
+            issue_weights_times_values<T, kDim>(
+                outputs, reinterpret_cast<const HalfWeights&>(weights), values, adds);
+        else
+            issue_weights_times_values<T, kDim>(outputs, weights, values, adds);
+    }
+    __device__ __forceinline__ void soften(
+        Scores& scores, Rows& rows, float (&corrections)[2], int position, int tile) const {
+        const int key = tile * kKeys, window = arguments.window;
+        position += first_row;
+        if (scaling.inner != 0.0f) cap(scores, scaling.inner);
+        if (key + kKeys - 1 > position || (window && key <= position + 15 - window))
+            mask(scores, position + lane / 4, key + lane % 4 * 2, window);
+        exponentiate<kVariant & kLazy ? 8 : 0>(scores, rows, scaling.factor, corrections);
+    }
+    __device__ __forceinline__ void store(Outputs& outputs, const Work& work, const Rows& rows, int slot) const {
         float inverse[2];
         reciprocals(rows, inverse);
         scale_rows(outputs, inverse);
         sync_threads(3 + group, 128);  // all four warps are through with the queries
-        store_rows<T, kDim>(arguments, work, outputs, shared, slot, first);
+        store_rows<T, kDim>(arguments, work, outputs, shared, slot, first_row);
         if (lane == 0) arrive(shared.barrier(S::kSlotFree, slot));
     }
-}
+    __device__ __forceinline__ void run() const {
+        if (kVariant & kTakesTurns && group == 1) announce_to(1, 256);
+        unsigned num_drawn = 1, count = 0;  // tiles of queries; tiles of keys whose values are through
+        Work work = draw(0);
+        if (!work.num_rows) return;
+        Scores scores;
+        Weights weights;
+        Outputs outputs;
+        Rows rows;
+        float corrections[2];
+        int tile = work.highest;
+        wait_for(S::kKeysThere, 0);
+        bool half = is_half(work, tile);
+        issue_scores(scores, 0, 0);
+        wait_for_products<0>();
+        settle(scores);
+        release(S::kKeysFree, 0);
+        soften(scores, rows, corrections, work.position, tile);
+        to_operand<T>(scores, weights);
+        for (bool is_first = true;; ++count) {
+            const bool is_last = tile == work.lowest;
+            Work next = work;
+            if (is_last) {
+                next = draw(num_drawn);
+                if (!next.num_rows) break;
+                ++num_drawn;
+            }
+            tile = is_last ? next.highest : tile - 1;
+            wait_for(S::kKeysThere, count + 1);
+            if (kVariant & kTakesTurns) sync_threads(1 + group, 256);
+            const bool next_half = is_half(next, tile);
+            issue_scores(scores, (num_drawn - 1) % kSlots, count + 1);
+            wait_for(S::kValuesThere, count);
+            issue_outputs(outputs, weights, count, !is_first, half);
+            half = next_half;
+            if (kVariant & kTakesTurns) announce_to(2 - group, 256);
+            wait_for_products<1>();
+            settle(scores);
+            release(S::kKeysFree, count + 1);
+            const Rows finished = rows;
+            if (is_last) rows = Rows();
+            soften(scores, rows, corrections, next.position, tile);
+            if (kVariant & kFinishes) finish(rows.sum[0] + rows.sum[1], shared.address);
+            wait_for_products<0>();
+            settle(outputs);
+            release(S::kValuesFree, count);
+            if (is_last)
+                store(outputs, work, finished, num_drawn % kSlots);
+            else if (!(kVariant & kLazy) || __any_sync(kAllLanes, corrections[0] != 1.0f || corrections[1] != 1.0f))
+                scale_rows(outputs, corrections);
+            to_operand<T>(scores, weights);
+            work = next;
+            is_first = is_last;
+        }
+        wait_for(S::kValuesThere, count);
+        issue_outputs(outputs, weights, count, work.highest > work.lowest, half);
+        wait_for_products<0>();
+        settle(outputs);
+        store(outputs, work, rows, (num_drawn - 1) % kSlots);
+    }
+};
 
 template <typename T, int kDim, int kVariant>
 __device__ __forceinline__ void run(const Arguments& arguments) {
@@ -385,7 +440,7 @@ __device__ __forceinline__ void run(const Arguments& arguments) {
         let_next_begin();
     } else {
         take_registers<232>();
-        attend<T, kDim, kVariant>(arguments, shared, role - 1);
+        Warpgroup<T, kDim, kVariant>(arguments, shared, role - 1).run();
     }
 }
 
@@ -410,10 +465,10 @@ __device__ __forceinline__ void run(const Arguments& arguments) {
         int window, float softcap) {                                                                                  \
         RUN(T, DIM, VARIANT);                                                                                     \
     }
-KERNEL(bfloat16, bfloat16, 128, , 7)
-KERNEL(bfloat16, bfloat16, 64, , 7)
-KERNEL(float16, float16, 128, , 7)
-KERNEL(float16, float16, 64, , 7)
-KERNEL(bfloat16, bfloat16, 128, _free, 6)
-KERNEL(bfloat16, bfloat16, 128, _late, 1)
-KERNEL(bfloat16, bfloat16, 128, _strict, 3)
+KERNEL(bfloat16, bfloat16, 128, , 15)
+KERNEL(bfloat16, bfloat16, 64, , 15)
+KERNEL(float16, float16, 128, , 15)
+KERNEL(float16, float16, 64, , 15)
+KERNEL(bfloat16, bfloat16, 128, _full, 7)
+KERNEL(bfloat16, bfloat16, 128, _free, 14)
+KERNEL(bfloat16, bfloat16, 128, _strict, 11)

@@ -101,7 +101,7 @@ __device__ __forceinline__ void finish(float value, unsigned address) {
 // After a wait: from here on the compiler may read the sums, and not before.
 template <int kCount> __device__ __forceinline__ void settle(float (&values)[kCount]) {
 #pragma unroll
-    for (float& value : values) asm volatile("" : "+f"(value)::"memory");
+    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 
 #define SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
