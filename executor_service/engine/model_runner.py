@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from executor_service.engine.decode_graphs import DecodeGraphs
 from executor_service.engine.item_encoder import Failures, ItemEncoder
 from executor_service.engine.limits import EngineLimits
-from executor_service.engine.logprobs import PromptLogprobs, prompt_logprobs
+from executor_service.engine.logprobs import PendingPromptLogprobs, prompt_logprobs
 from executor_service.engine.request import EngineItem
 from executor_service.engine.sampler import PendingTokens, Sampler
 from executor_service.engine.scheduler import ScheduledBatch, ScheduledRequest
 from executor_service.engine.step_inputs import InputStage, StepInputs, lay_out, pad_decodes
+from executor_service.kernels.embed_merge import embed_merge
 from executor_service.layers.context import KVCache, forward_context
 
 
@@ -34,7 +35,7 @@ class ModelOutput:
     requests: list[ScheduledRequest]
     sampled: PendingTokens | None
     failed: Failures
-    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    prompt_logprobs: PendingPromptLogprobs = field(default_factory=PendingPromptLogprobs)
 
 
 class ModelRunner:
@@ -72,7 +73,10 @@ class ModelRunner:
         if not scheduled:
             return ModelOutput([], None, failed)
         size = self._graph_size(scheduled)
-        logits, scores = self._forward(scheduled) if size is None else (self._replay(scheduled, size), [])
+        if size is None:
+            logits, scores = self._forward(scheduled)
+        else:
+            logits, scores = self._replay(scheduled, size), PendingPromptLogprobs()
         sampling = [request for request in scheduled if request.needs_token]
         if not sampling:
             return ModelOutput([], None, failed, scores)
@@ -98,27 +102,36 @@ class ModelRunner:
 
     # --- any batch ----------------------------------------------------------------------------------
 
-    def _forward(self, batch: list[ScheduledRequest]) -> tuple[Tensor, list[PromptLogprobs]]:
+    def _forward(self, batch: list[ScheduledRequest]) -> tuple[Tensor, PendingPromptLogprobs]:
         """Logits of the rows that need a token, and what the chunks say of prompts that are scored."""
         host = lay_out(batch, self.limits.block_size)
         ends = host.cu_seqlens[1:].astype(np.int64)
         rows = ends[[scheduled.needs_token for scheduled in batch]] - 1
-        places, features = _features(batch, host.cu_seqlens)
-        inputs, (sample_rows, feature_rows) = self._stage.upload(host, rows, places)
-        hidden = self._hidden(inputs, feature_rows, features)
+        features, places = _features(batch, host.cu_seqlens)
+        inputs, (sample_rows, feature_places) = self._stage.upload(host, rows, places)
+        hidden = self._hidden(inputs, features, feature_places)
         scores = prompt_logprobs(batch, hidden, ends, self.model.compute_logits)
         return self.model.compute_logits(hidden[sample_rows]), scores
 
-    def _hidden(self, inputs: StepInputs, feature_rows: Tensor | None, features: list[Tensor]) -> Tensor:
-        """Hidden states [T, hidden] of the flattened batch; `features` go to `feature_rows`, one after the other."""
+    def _hidden(self, inputs: StepInputs, features: list[Tensor], feature_places: Tensor | None) -> Tensor:
+        """Hidden states [T, hidden] of the flattened batch; `feature_places` as `embed_merge` takes them."""
         token_ids = inputs.known_token_ids(self._sampled)
-        embeddings: Tensor = self.model.get_input_embeddings()(token_ids)
-        if features:
-            assert feature_rows is not None
-            embeddings.index_copy_(0, feature_rows, torch.cat(features).to(embeddings.dtype))
+        embeddings = self._embed(token_ids, features, feature_places)
         with forward_context(inputs.metadata, self.kv_caches):
             hidden: Tensor = self.model(token_ids, inputs.positions, embeddings)
         return hidden
+
+    def _embed(self, token_ids: Tensor, features: list[Tensor], feature_places: Tensor | None) -> Tensor:
+        """[T, hidden]: token embeddings and features; an embedding that is more than its table is asked for its own."""
+        embedding = self.model.get_input_embeddings()
+        if not features:
+            rows: Tensor = embedding(token_ids)
+            return rows
+        assert feature_places is not None
+        if type(embedding) is nn.Embedding:
+            return embed_merge(token_ids, embedding.weight, features, feature_places)
+        numbers = torch.arange(len(token_ids), device=self.device)
+        return embed_merge(numbers, embedding(token_ids), features, feature_places)
 
     # --- decodes by graph ---------------------------------------------------------------------------
 
@@ -137,7 +150,7 @@ class ModelRunner:
 
         @torch.inference_mode()
         def decode() -> Tensor:
-            logits: Tensor = self.model.compute_logits(self._hidden(inputs, None, []))
+            logits: Tensor = self.model.compute_logits(self._hidden(inputs, [], None))
             return logits
 
         return decode
@@ -158,28 +171,29 @@ class ModelRunner:
         return self.graphs.replay(size)[: len(batch)]
 
 
-def _features(batch: list[ScheduledRequest], cu_seqlens: np.ndarray) -> tuple[np.ndarray, list[Tensor]]:
-    """Rows of the batch that are features, int64 [F], and the features themselves, F in all, in that order."""
-    places: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
-    features = []
+def _features(batch: list[ScheduledRequest], cu_seqlens: np.ndarray) -> tuple[list[Tensor], np.ndarray]:
+    """Features of the items that the chunks reach into, and for each token of the batch its item and row of them.
+
+    Int32 [T, 2]; the item is -1 where a token is none.
+    """
+    places = np.full((cu_seqlens[-1], 2), -1, dtype=np.int32)
+    features: list[Tensor] = []
     for scheduled, begin in zip(batch, cu_seqlens.tolist(), strict=False):
         start = scheduled.request.num_computed_tokens
-        end = start + scheduled.num_tokens
-        for item in scheduled.request.items_between(start, end):
-            first, inside = _places_in(item, start, end)
-            if len(inside):
+        chunk = places[begin : begin + scheduled.num_tokens]
+        for item in scheduled.request.items_between(start, start + scheduled.num_tokens):
+            if _place(item, start, len(features), chunk):
                 assert item.features is not None
-                places.append(inside + begin)
-                features.append(item.features[first : first + len(inside)])
-    return np.concatenate(places), features
+                features.append(item.features)
+    return features, places
 
 
-def _places_in(item: EngineItem, start: int, end: int) -> tuple[int, np.ndarray]:
-    """Which of the item's features lie among tokens `start` to `end`: the first, and where each stands from `start`."""
+def _place(item: EngineItem, start: int, number: int, chunk: np.ndarray) -> bool:
+    """Note in `chunk`, whose tokens begin at `start`, which are rows of item `number`; False if there are none."""
     offset = item.placeholder.offset
-    begin, stop = max(offset, start), min(item.placeholder.end, end)
-    if begin >= stop:
-        return 0, np.empty(0, dtype=np.int64)
+    begin, stop = max(offset, start), min(item.placeholder.end, start + len(chunk))
     mask = item.layout.feature_mask
+    inside = np.flatnonzero(mask[begin - offset : stop - offset])
     first = int(mask[: begin - offset].sum())
-    return first, np.flatnonzero(mask[begin - offset : stop - offset]) + begin - start
+    chunk[inside + begin - start] = np.stack([np.full(len(inside), number), np.arange(first, first + len(inside))], -1)
+    return len(inside) > 0

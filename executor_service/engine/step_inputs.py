@@ -169,21 +169,25 @@ class InputStage:
         if not self._on_gpu:
             return
         rows = limits.max_num_seqs
-        num_longs = (4 + _MAX_AXES) * limits.max_num_tokens + rows
+        num_longs = (4 + _MAX_AXES) * limits.max_num_tokens + rows  # the places of features are half a long each
         num_longs += (rows * (limits.max_num_blocks_per_request + 2) + 1) // 2 + 2
         self._buffer = torch.zeros(num_longs, dtype=torch.int64, device=device)
         self._pinned = [torch.zeros(num_longs, dtype=torch.int64, pin_memory=True) for _ in range(_NUM_BUFFERS)]
         self._copied = [torch.cuda.Event() for _ in range(_NUM_BUFFERS)]
         self._turn = 0
 
-    def upload(self, batch: HostBatch, *longs: np.ndarray) -> tuple[StepInputs, list[Tensor]]:
-        """The batch, and further int64 arrays, on the device; valid until the next call."""
-        arrays = [batch.token_ids, batch.sampled_rows, batch.positions, batch.slot_mapping, *longs]
-        tensors = self._copy(arrays, [batch.cu_seqlens, batch.seq_lens, batch.block_tables])
+    def upload(self, batch: HostBatch, *more: np.ndarray) -> tuple[StepInputs, list[Tensor]]:
+        """The batch, and further int64 or int32 arrays, on the device; valid until the next call."""
+        longs = [batch.token_ids, batch.sampled_rows, batch.positions, batch.slot_mapping]
+        ints = [batch.cu_seqlens, batch.seq_lens, batch.block_tables]
+        more_longs = [array for array in more if array.dtype == np.int64]
+        more_ints = [array for array in more if array.dtype == np.int32]
+        tensors = self._copy([*longs, *more_longs], [*ints, *more_ints])
         token_ids, sampled_rows, positions, slots = tensors[:4]
-        cu_seqlens, seq_lens, tables = tensors[-3:]
+        cu_seqlens, seq_lens, tables = tensors[4 + len(more_longs) :][:3]
         metadata = AttentionMetadata(slots, cu_seqlens, seq_lens, tables, batch.num_decodes, batch.max_query_len)
-        return StepInputs(token_ids, sampled_rows, positions, metadata), tensors[4:-3]
+        rest = [*tensors[4 : 4 + len(more_longs)], *tensors[7 + len(more_longs) :]]
+        return StepInputs(token_ids, sampled_rows, positions, metadata), rest
 
     def _copy(self, longs: Sequence[np.ndarray], ints: Sequence[np.ndarray]) -> list[Tensor]:
         if not self._on_gpu:

@@ -67,9 +67,9 @@ def test_twins(model: Any) -> None:
 
 def test_the_stock_decoder_goes_on_in_the_same_memory(model: Any) -> None:
     before, _ = run(model, 0)
-    num_bytes = sum(p.untyped_storage().nbytes() for p in unique_storages(model))
+    num_bytes = sum(p.untyped_storage().nbytes() for p in unique_storages(model.hf.model.language_model))
     assert model.fuse_decoder()
-    assert sum(p.untyped_storage().nbytes() for p in unique_storages(model)) == num_bytes
+    assert sum(p.untyped_storage().nbytes() for p in unique_storages(model.hf.model.language_model)) == num_bytes
     layer = model.hf.model.language_model.layers[0]
     merged = model.fused_decoder._layers[0].qkv.weight
     assert layer.self_attn.k_proj.weight.untyped_storage().data_ptr() == merged.untyped_storage().data_ptr()
