@@ -142,17 +142,24 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def checkpoint_folder(geometry: str, num_bytes: float = 16e9) -> Path:
-    """Where a checkpoint goes: shared memory if it has room, which is page cache without a disk; else /tmp."""
-    root = Path("/dev/shm")
-    if not root.is_dir() or shutil.disk_usage(root).free < 1.2 * num_bytes:
-        root = Path(tempfile.gettempdir())
-    return root / f"diptych-{geometry}"
+    """Where a checkpoint is or else goes: shared memory if it has room, which is page cache without a disk."""
+    shared, plain = (Path(root) / f"diptych-{geometry}" for root in ("/dev/shm", tempfile.gettempdir()))
+    for folder in (shared, plain):
+        if is_whole(folder):
+            return folder
+    has_room = shared.parent.is_dir() and shutil.disk_usage(shared.parent).free > 1.2 * num_bytes
+    return shared if has_room else plain
 
 
-def ensure_checkpoint(geometry: str, folder: Path | None = None) -> Path:
+def is_whole(folder: Path) -> bool:
+    """The weights' index is written last."""
+    return (folder / "model.safetensors.index.json").is_file()
+
+
+def ensure_checkpoint(geometry: str) -> Path:
     """The directory of a whole checkpoint, written unless it is there."""
-    folder = folder or checkpoint_folder(geometry)
-    if not (folder / "model.safetensors.index.json").is_file():
+    folder = checkpoint_folder(geometry)
+    if not is_whole(folder):
         write_checkpoint(folder, geometry)
     return folder
 
