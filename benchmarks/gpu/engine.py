@@ -15,13 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.gpu.load import BATCHES, MAX_NUM_SEQS, max_model_len
 from benchmarks.results import make_parser, write_result
 
-BATCHES: Final = (1, 16, 64, 128, 256)
 PARTS: Final = ("first_token", "decode", "prefill", "steady", "mixed", "worst")
 GEOMETRIES: Final = ("llava-1.5-7b", "llava-next-mistral-7b")
-MAX_MODEL_LEN: Final = {"llava-1.5-7b": 1024, "tiny-llava": 1024}
-OTHER_MAX_MODEL_LEN: Final = 3328
 WORST_UTILIZATION: Final = 0.92
 LIMITS: Final = {"rates": 120, "main": 300, "worst": 120}
 """Seconds of each process at the most."""
@@ -52,7 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=lambda text: tuple(map(int, text.split(","))), default=BATCHES)
     parser.add_argument("--device", default="cuda", help="cpu to try it out with a tiny geometry")
     parser.add_argument("--decoder", default="auto")
-    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--max-num-seqs", type=int, default=MAX_NUM_SEQS)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--utilization", type=float, default=0.9)
     parser.add_argument("--seconds", type=float, help="at most, of the process that measures most (default 300)")
@@ -116,7 +114,7 @@ def engine_config(geometry: str, options: argparse.Namespace, utilization: float
     return {
         "device": options.device, "decoder": options.decoder, "max_num_seqs": options.max_num_seqs,
         "max_num_batched_tokens": options.max_num_batched_tokens, "gpu_memory_utilization": utilization,
-        "max_model_len": MAX_MODEL_LEN.get(geometry, OTHER_MAX_MODEL_LEN),
+        "max_model_len": max_model_len(geometry),
     }  # fmt: skip
 
 

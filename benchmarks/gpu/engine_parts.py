@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.gpu.floors import ModelWork, Rates
+from benchmarks.gpu.load import MIXED, OUTPUT_TOKENS, PREFILLS, SIDES, TEXT_TOKENS, milliseconds
 from benchmarks.gpu.session import Sheet
 from benchmarks.gpu.steady import steady_decode
-from benchmarks.gpu.workload import OUTPUT_TOKENS, SIDES, TEXT_TOKENS, Driver, Trace, milliseconds
+from benchmarks.gpu.workload import Driver, Trace
 from executor_service.engine.messages import BootProgress
 from registry import MediaInfo
 
 REPEATS: Final = {"prefill": 3, "first_token": 6, "decode": 2}
 STEADY_BATCHES: Final = (1, 64, 256)
-PREFILLS: Final = {"llava-1.5-7b": 256, "llava-next-mistral-7b": 64}
-MIXED: Final = {"llava-1.5-7b": (128, 16.0), "llava-next-mistral-7b": (48, 4.0)}
-"""Requests, and how many of them arrive in a second."""
 
 
 class EngineParts:

@@ -165,14 +165,20 @@ def ensure_checkpoint(geometry: str) -> Path:
 
 
 def write_checkpoint(folder: Path, geometry: str, device: str | None = None) -> int:
-    """Write configuration, tokenizer, processor and weights, the weights' index last; returns the weights' bytes."""
+    """Write everything, the weights' index last; returns the weights' bytes."""
+    config = write_files(folder, geometry)
+    return _write_weights(folder, config, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def write_files(folder: Path, geometry: str) -> Any:
+    """Configuration, tokenizer and processor alone; returns the configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     config = GEOMETRIES[geometry]()
     config.save_pretrained(folder)
     GenerationConfig(**_ids()).save_pretrained(folder)
     _write_tokenizer(folder, config.image_token_index)
     _write_processor(folder, config)
-    return _write_weights(folder, config, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return config
 
 
 def _write_tokenizer(folder: Path, image_token: int) -> None:

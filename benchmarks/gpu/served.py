@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from benchmarks.gpu.load import SIDES, TEXT_TOKENS, max_model_len
 from benchmarks.gpu.session import Sheet, exit_when_told, run_module
 from benchmarks.processes import EXECUTOR, PREPROCESS, child_of, processor_seconds, started
 from benchmarks.results import make_parser, write_result
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from benchmarks.gpu.clients import Clients
 
 GEOMETRIES: Final = ("llava-1.5-7b",)
-MAX_MODEL_LEN: Final = {"llava-1.5-7b": 1024, "tiny-llava": 1024}
-OTHER_MAX_MODEL_LEN: Final = 3328
 IN_PROCESS, STAND_INS, ONE, SEVERAL = "in process", "stand-ins", "Generate", "Generate, several preprocess services"
 TARGET_SPLIT: Final = 0.05
 LIMIT: Final = 90.0
@@ -95,12 +94,12 @@ def start(process: str, geometry: str, folder: Path, options: argparse.Namespace
 def in_process(sheet: Sheet, options: argparse.Namespace) -> None:
     """The engine's own tokens per second, with the services' settings."""
     from benchmarks.gpu.models import ensure_checkpoint
-    from benchmarks.gpu.workload import SIDES, Driver
+    from benchmarks.gpu.workload import Driver
 
     (geometry,) = options.geometries
     driver = Driver(
         ensure_checkpoint(geometry), device=options.device, prefix_caching=True,
-        max_model_len=MAX_MODEL_LEN.get(geometry, OTHER_MAX_MODEL_LEN),
+        max_model_len=max_model_len(geometry),
     )  # fmt: skip
     side = SIDES[geometry]
     driver.drive(driver.requests(min(options.concurrency), side, 4, seed=1))
@@ -143,7 +142,7 @@ def services(sheet: Sheet, options: argparse.Namespace) -> None:
 def running(model: Path, geometry: str, options: argparse.Namespace) -> Iterator[tuple[str, list[str], dict[str, int]]]:
     """Addresses of the executor and of the preprocess services, and the processes by name."""
     flags = ("--model", str(model), "--device", options.device, "--max-model-len",
-             str(MAX_MODEL_LEN.get(geometry, OTHER_MAX_MODEL_LEN)))  # fmt: skip
+             str(max_model_len(geometry)))  # fmt: skip
     with contextlib.ExitStack() as stack:
         executor = stack.enter_context(started(EXECUTOR, *flags))
         pids = {"front": executor.pid, "engine": child_of(executor.pid)}
@@ -180,7 +179,6 @@ def _run(
 ) -> dict[str, float]:  # fmt: skip
     """`count` requests at once, spread over client processes and addresses."""
     from benchmarks.gpu.clients import Job
-    from benchmarks.gpu.workload import SIDES, TEXT_TOKENS
 
     kind = "stand-ins" if arm == STAND_INS else "generate"
     # One shared stream is one process's.

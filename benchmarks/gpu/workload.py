@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.gpu.load import OUTPUT_TOKENS, TEXT_TOKENS
 from executor_service.engine.boot import BootedEngine, boot
 from executor_service.engine.messages import BootProgress, EngineConfig, SamplingParams
 from executor_service.engine.request import EngineItem, Request
 from registry import MediaInfo, ProcessorInputs
-
-TEXT_TOKENS: Final = 64
-OUTPUT_TOKENS: Final = 128
-SIDES: Final = {"llava-1.5-7b": 336, "llava-next-mistral-7b": 672, "tiny-llava": 336, "tiny-llava-next": 672}
-"""Side of the square pictures that each geometry is asked about."""
 
 
 @dataclass(frozen=True)
@@ -200,15 +195,3 @@ class Driver:
 
 def _digest(number: int, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}/{number}".encode()).digest()
-
-
-def milliseconds(values: Sequence[float]) -> dict[str, float]:
-    """Median, and bounds of the slowest tenth and hundredth, of seconds."""
-    if not values:
-        return {}
-    ordered = sorted(1000 * value for value in values)
-    last = len(ordered) - 1
-    return {
-        "median": statistics.median(ordered), "p90": ordered[round(0.9 * last)], "p99": ordered[round(0.99 * last)],
-        "max": ordered[-1], "count": len(ordered),
-    }  # fmt: skip

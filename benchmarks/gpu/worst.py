@@ -9,8 +9,9 @@ from typing import Any, Final
 
 import torch
 
+from benchmarks.gpu.load import SIDES
 from benchmarks.gpu.session import Sheet
-from benchmarks.gpu.workload import SIDES, Driver
+from benchmarks.gpu.workload import Driver
 from executor_service.engine.messages import MemoryLedger
 from registry import MediaInfo
 
