@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+COMMIT_VARIABLE = "BENCHMARK_COMMIT"
 
 
 def make_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
@@ -68,7 +69,7 @@ def _origin() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(Path(__file__).parent),
-        "machine": {"processor": _processor(), "cores": os.cpu_count()},
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), **_gpu()},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -78,7 +79,12 @@ def _origin() -> dict[str, Any]:
 
 
 def commit(folder: Path) -> str:
-    """The commit that a folder is checked out at; `-dirty` if more than results has changed since."""
+    """The commit that a folder is checked out at; `-dirty` if more than results has changed since.
+
+    A copy without its history says what COMMIT_VARIABLE says.
+    """
+    if told := os.environ.get(COMMIT_VARIABLE):
+        return told
     name = _git(folder, "rev-parse", "--short", "HEAD")
     changed = _git(folder, "status", "--porcelain", "--", ":(top)", ":(top,exclude)benchmarks/results")
     return (name or "unknown") + ("-dirty" if changed else "")
@@ -87,6 +93,17 @@ def commit(folder: Path) -> str:
 def _git(folder: Path, *arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
     return done.stdout.strip()
+
+
+def _gpu() -> dict[str, Any]:
+    """The first GPU's name, memory and driver, as the driver says; nothing where there is none."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = [value.strip() for value in done.stdout.partition("\n")[0].split(",")]
+    return {"gpu": dict(zip(("name", "memory", "driver"), values, strict=True))} if len(values) == 3 else {}
 
 
 def _processor() -> str:
