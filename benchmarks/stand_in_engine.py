@@ -29,6 +29,7 @@ from registry.fingerprint import fingerprint
 
 MAX_MODEL_LEN = 1 << 20
 NUM_BLOCKS = 1 << 16
+MAX_NUM_SEQS = 1024
 QUIET_VARIABLE = "STAND_IN_QUIET_SECONDS"
 QUIET_SECONDS = float(os.environ.get(QUIET_VARIABLE, "0.02"))
 """After a request that finds it idle it waits until no other has come for so long, so that they all run at once."""
@@ -88,6 +89,8 @@ def booted(config: EngineConfig) -> Booted:
         dtype="float32",
         architecture=family.ctx.architecture,
         max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=config.max_num_seqs or MAX_NUM_SEQS,
+        max_num_batched_tokens=config.max_num_batched_tokens or MAX_MODEL_LEN,
         vocab_size=family.ctx.vocab_size,
         eos_token_ids=frozenset(),
         max_tokens_per_item={modality: family.max_tokens(modality) for modality in family.modalities},
