@@ -1,0 +1,89 @@
+"""What the GPU benchmarks serve, in small on a CPU: checkpoints that load everywhere, a driver that counts right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from benchmarks.gpu.floors import ModelWork, Rates
+from benchmarks.gpu.load import SIDES, max_model_len
+from benchmarks.gpu.models import GEOMETRIES, weight_shapes, write_checkpoint
+from benchmarks.gpu.workload import Driver, OverTimeError
+from tests.executor_service.conftest import Bench
+
+TINY = ["tiny-llava", "tiny-llava-next"]
+
+
+@pytest.fixture(scope="module", params=TINY)
+def geometry(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(geometry: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu-models") / geometry
+    num_bytes = write_checkpoint(folder, geometry, "cpu")
+    assert num_bytes == sum(4 * shape.numel() for shape in weight_shapes(GEOMETRIES[geometry]()).values())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def driver(checkpoint: Path, geometry: str) -> Driver:
+    return Driver(
+        checkpoint, device="cpu", max_model_len=max_model_len(geometry), max_num_seqs=4, max_num_batched_tokens=256,
+        kv_cache_memory=1 << 26, check_integrity=True,
+    )  # fmt: skip
+
+
+def test_tokens_are_transformers_own(checkpoint: Path, geometry: str, driver: Driver) -> None:
+    """Ready tensors of random pixels are what a picture becomes, and the weights mean the same to both."""
+    reference = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    bench = Bench(checkpoint, driver.booted, reference)
+    requests = driver.requests(3, SIDES[geometry], 6, seed=3)
+    outputs = bench.run(requests)
+    for request in requests:
+        assert outputs[request.request_id] == bench.expected(request)
+        assert torch.isfinite(request.items[0].tensors["pixel_values"].float()).all()
+    assert len({tuple(tokens) for tokens in outputs.values()}) > 1
+
+
+def test_a_drive_counts_every_token(driver: Driver, geometry: str) -> None:
+    requests = driver.requests(4, SIDES[geometry], 9)
+    trace = driver.drive(requests)
+    assert {r.request_id: 9 for r in requests} == {n: k for step in trace.steps for n, k in step.num_tokens.items()}
+    assert len(trace.token_intervals()) == 4 * 8
+    assert 0 < len(trace.decode_intervals(4)) <= 7
+    assert sum(trace.decode_intervals(4)) < trace.seconds
+    assert set(trace.first_tokens()) == {request.request_id for request in requests}
+
+
+def test_arrivals_are_waited_for(driver: Driver) -> None:
+    requests = driver.requests(3, 0, 2)
+    trace = driver.drive(requests, arrivals=[0.0, 0.1, 0.2])
+    firsts = trace.first_tokens()
+    assert all(firsts[r.request_id] - trace.began >= at for r, at in zip(requests, (0.0, 0.1, 0.2), strict=True))
+
+
+def test_a_drive_that_takes_too_long_leaves_nothing(driver: Driver) -> None:
+    with pytest.raises(OverTimeError, match="requests had tokens after"):
+        driver.drive(driver.requests(4, 0, 500), limit=0.01)
+    assert driver.engine.load.num_used_blocks == 0
+    assert not driver.engine.has_work
+
+
+def test_floors_of_the_7b_geometry(tmp_path: Path) -> None:
+    """Against figures worked out by hand: 6.74e9 parameters of which 0.13e9 are the embedding, 0.5 MiB a token."""
+    GEOMETRIES["llava-1.5-7b"]().save_pretrained(tmp_path)
+    work, rates = ModelWork(tmp_path), Rates(4.6e12, 4.0e12, 770e12, 680e12)
+    assert work.kv_bytes_per_token == 2**19
+    assert work.weight_bytes == 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32064)
+    one = work.decode(1, 704)
+    assert one.num_bytes == work.weight_bytes + 704 * 2**19
+    assert one.floors(rates)["short_ms"] == pytest.approx(1000 * one.num_bytes / 4.6e12)
+    prefill = work.prefill(256, 640, 1)
+    assert prefill.operations / 256 == pytest.approx(8.8e12, rel=0.02)
+    assert prefill.floors(rates)["sustained_ms"] == pytest.approx(1000 * prefill.operations / 680e12)
+    assert work.prefill(256, 640, 2).operations > prefill.operations
