@@ -22,6 +22,9 @@ _MAX_AXES: Final = 4
 """Of positions."""
 _NUM_BUFFERS: Final = 2
 """One that the device may still read, one that the host writes."""
+_MAX_ARRAYS: Final = 16
+_ALIGNMENT: Final = 16
+"""Bytes; the kernels' widest access."""
 NO_SLOT: Final = -1
 NOT_SAMPLED: Final = -1
 
@@ -169,8 +172,8 @@ class InputStage:
         if not self._on_gpu:
             return
         rows = limits.max_num_seqs
-        num_longs = (4 + _MAX_AXES) * limits.max_num_tokens + rows  # the places of features are half a long each
-        num_longs += (rows * (limits.max_num_blocks_per_request + 2) + 1) // 2 + 2
+        num_longs = (5 + _MAX_AXES) * limits.max_num_tokens + rows  # the places of features are a long each
+        num_longs += (rows * (limits.max_num_blocks_per_request + 2) + 1) // 2 + _MAX_ARRAYS * _ALIGNMENT // 8
         self._buffer = torch.zeros(num_longs, dtype=torch.int64, device=device)
         self._pinned = [torch.zeros(num_longs, dtype=torch.int64, pin_memory=True) for _ in range(_NUM_BUFFERS)]
         self._copied = [torch.cuda.Event() for _ in range(_NUM_BUFFERS)]
@@ -195,23 +198,21 @@ class InputStage:
         self._turn = (self._turn + 1) % _NUM_BUFFERS
         pinned, copied = self._pinned[self._turn], self._copied[self._turn]
         copied.synchronize()
-        num_longs = sum(array.size for array in longs)
-        num_ints = sum(array.size for array in ints)
-        used = num_longs + (num_ints + 1) // 2
         host = pinned.numpy()
-        views = _write(host, self._buffer, longs)
-        views += _write(host[num_longs:used].view(np.int32), self._buffer[num_longs:used].view(torch.int32), ints)
+        views, used = _write(host, self._buffer, longs)
+        more, used_ints = _write(host[used:].view(np.int32), self._buffer[used:].view(torch.int32), ints)
+        used += used_ints // 2
         self._buffer[:used].copy_(pinned[:used], non_blocking=True)
         copied.record()
-        return views
+        return views + more
 
 
-def _write(host: np.ndarray, device: Tensor, arrays: Sequence[np.ndarray]) -> list[Tensor]:
-    """Write arrays behind each other; the views where the device will have them."""
-    views, begin = [], 0
+def _write(host: np.ndarray, device: Tensor, arrays: Sequence[np.ndarray]) -> tuple[list[Tensor], int]:
+    """Write arrays behind each other; the views where the device will have them, and how many elements that took."""
+    views, begin, step = list[Tensor](), 0, _ALIGNMENT // host.itemsize
     for array in arrays:
         end = begin + array.size
         host[begin:end] = array.reshape(-1)
         views.append(device[begin:end].view(array.shape))
-        begin = end
-    return views
+        begin = -(-end // step) * step
+    return views, begin

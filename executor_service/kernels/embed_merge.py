@@ -54,6 +54,8 @@ def _cuda(token_ids: Tensor, table: Tensor, features: Sequence[Tensor], places: 
     if not out.numel():
         return out
     features = [item.to(table.dtype).contiguous() for item in features]
+    if places.data_ptr() % 8:  # a pair is one access
+        places = places.clone()
     row_bytes = table.shape[1] * table.itemsize
     launch, threads, length = _variant(row_bytes, gcd(row_bytes, 16, *(t.data_ptr() for t in (table, *features))))
     for first in range(0, max(len(features), 1), _MAX_ITEMS):
