@@ -169,13 +169,16 @@ class InputStage:
 
     def __init__(self, device: torch.device, limits: EngineLimits) -> None:
         self._on_gpu = device.type == "cuda"
-        if not self._on_gpu:
-            return
+        if self._on_gpu:
+            self._make_buffers(device, limits, pin_memory=True)
+
+    def _make_buffers(self, device: torch.device, limits: EngineLimits, pin_memory: bool) -> None:
+        """With room for the largest step."""
         rows = limits.max_num_seqs
         num_longs = (5 + _MAX_AXES) * limits.max_num_tokens + rows  # the places of features are a long each
         num_longs += (rows * (limits.max_num_blocks_per_request + 2) + 1) // 2 + _MAX_ARRAYS * _ALIGNMENT // 8
         self._buffer = torch.zeros(num_longs, dtype=torch.int64, device=device)
-        self._pinned = [torch.zeros(num_longs, dtype=torch.int64, pin_memory=True) for _ in range(_NUM_BUFFERS)]
+        self._pinned = [torch.zeros(num_longs, dtype=torch.int64, pin_memory=pin_memory) for _ in range(_NUM_BUFFERS)]
         self._copied = [torch.cuda.Event() for _ in range(_NUM_BUFFERS)]
         self._turn = 0
 

@@ -1,0 +1,123 @@
+"""A step's arrays: flattened, padded for a graph, and where the device finds them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from executor_service.engine.block_manager import BlockManager
+from executor_service.engine.decode_graphs import graph_sizes
+from executor_service.engine.limits import EngineLimits
+from executor_service.engine.messages import SamplingParams
+from executor_service.engine.request import Request
+from executor_service.engine.scheduler import ScheduledRequest
+from executor_service.engine.step_inputs import NO_SLOT, NOT_SAMPLED, InputStage, lay_out, pad_decodes
+
+BLOCK_SIZE = 4
+LIMITS = EngineLimits(
+    max_num_batched_tokens=32, max_num_seqs=6, max_num_encoder_tokens=8, max_model_len=40, block_size=BLOCK_SIZE
+)
+
+
+def scheduled(number: int, computed: int, num_tokens: int, blocks: BlockManager, inflight: int = 0) -> ScheduledRequest:
+    """A request of so many computed tokens; token n of request r is 100 * r + n."""
+    known = computed + num_tokens - inflight
+    request = Request(number, [100 * number + n for n in range(known)], [], SamplingParams(max_tokens=8), 40)
+    request.num_inflight_tokens, request.sampled_row = inflight, 10 + number
+    request.num_computed_tokens = computed
+    assert blocks.reserve(request, computed + num_tokens)
+    return ScheduledRequest(request, num_tokens)
+
+
+@pytest.fixture
+def batch() -> list[ScheduledRequest]:
+    """Two decodes, one of them with its token still on the device, and a chunk."""
+    blocks = BlockManager(20, BLOCK_SIZE)
+    return [scheduled(1, 9, 1, blocks), scheduled(2, 4, 1, blocks, inflight=1), scheduled(3, 2, 5, blocks)]
+
+
+def test_flattened(batch: list[ScheduledRequest]) -> None:
+    host = lay_out(batch, BLOCK_SIZE)
+    tables = [one.request.block_table for one in batch]
+    assert host.token_ids.tolist() == [109, 0, 302, 303, 304, 305, 306]
+    assert host.sampled_rows.tolist() == [NOT_SAMPLED, 12, *[NOT_SAMPLED] * 5]
+    assert host.positions.tolist() == [9, 4, 2, 3, 4, 5, 6]
+    places = [(0, 9), (1, 4), *((2, n) for n in range(2, 7))]
+    assert host.slot_mapping.tolist() == [tables[r][n // BLOCK_SIZE] * BLOCK_SIZE + n % BLOCK_SIZE for r, n in places]
+    assert host.cu_seqlens.tolist() == [0, 1, 2, 7]
+    assert host.seq_lens.tolist() == [10, 5, 7]
+    assert (host.num_decodes, host.max_query_len) == (2, 5)
+    for row, table in zip(host.block_tables, tables, strict=True):
+        assert row.tolist() == [*table, *[0] * (3 - len(table))]
+    assert (host.slot_mapping.dtype, host.block_tables.dtype) == (np.int64, np.int32)
+
+
+def test_tokens_of_the_step_before_are_found_on_the_device(batch: list[ScheduledRequest]) -> None:
+    inputs, _ = InputStage(torch.device("cpu"), LIMITS).upload(lay_out(batch, BLOCK_SIZE))
+    sampled = torch.arange(1000, 1020)
+    assert inputs.known_token_ids(sampled).tolist() == [109, 1012, 302, 303, 304, 305, 306]
+
+
+def test_padding_writes_and_reads_nothing(batch: list[ScheduledRequest]) -> None:
+    host = lay_out(batch[:2], BLOCK_SIZE)
+    padded = pad_decodes(host, 4, 10)
+    assert padded.slot_mapping.tolist() == [*host.slot_mapping, NO_SLOT, NO_SLOT]
+    assert padded.seq_lens.tolist() == [10, 5, 0, 0]
+    assert padded.cu_seqlens.tolist() == [0, 1, 2, 3, 4]
+    assert padded.block_tables.shape == (4, 10)
+    assert (padded.block_tables[:2, :3] == host.block_tables).all()
+    empty = pad_decodes(None, 4, 10)
+    assert {name: value.shape for name, value in vars(empty).items() if isinstance(value, np.ndarray)} == {
+        name: value.shape for name, value in vars(padded).items() if isinstance(value, np.ndarray)
+    }
+
+
+class StageInHostMemory(InputStage):
+    """The device's buffer in memory that a test can look at."""
+
+    def __init__(self, limits: EngineLimits) -> None:
+        super().__init__(torch.device("cpu"), limits)
+        self._on_gpu = True
+        self._make_buffers(torch.device("cpu"), limits, pin_memory=False)
+
+
+class NoEvent:
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def test_one_copy_has_everything_at_addresses_of_the_sizes_alone(batch, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", NoEvent)
+    stage = StageInHostMemory(LIMITS)
+    first, _ = stage.upload(pad_decodes(None, 4, 10))
+    host = pad_decodes(lay_out(batch[:2], BLOCK_SIZE), 4, 10)
+    second, _ = stage.upload(host)
+    for name in ("slot_mapping", "cu_seqlens", "seq_lens", "block_tables"):
+        there = getattr(second.metadata, name)
+        assert np.array_equal(there.numpy(), getattr(host, name))
+        assert there.data_ptr() == getattr(first.metadata, name).data_ptr()
+        assert there.data_ptr() % 16 == stage._buffer.data_ptr() % 16
+    assert np.array_equal(second.token_ids.numpy(), host.token_ids)
+    assert second.token_ids.data_ptr() == first.token_ids.data_ptr()
+
+
+def test_the_largest_step_fits_and_more_arrays_come_back_in_order(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", NoEvent)
+    blocks = BlockManager(200, BLOCK_SIZE)
+    batch = [scheduled(n, 35 - (n == 0), 1, blocks) for n in range(5)] + [scheduled(5, 0, 27, blocks)]
+    rows, places = np.arange(6), np.arange(64, dtype=np.int32).reshape(32, 2)
+    inputs, (there_rows, there_places) = StageInHostMemory(LIMITS).upload(lay_out(batch, BLOCK_SIZE), rows, places)
+    assert np.array_equal(there_rows.numpy(), rows)
+    assert np.array_equal(there_places.numpy(), places)
+    assert inputs.metadata.seq_lens.tolist() == [35, 36, 36, 36, 36, 27]
+
+
+def test_graph_sizes_reach_the_largest_batch() -> None:
+    for largest in (1, 3, 64, 200, 256, 4096):
+        sizes = graph_sizes(largest)
+        assert sizes[0] == largest
+        assert sizes == sorted(set(sizes), reverse=True)
+        assert sizes[-1] == 1
+    assert len(graph_sizes(256)) < 20
