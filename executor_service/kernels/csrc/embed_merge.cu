@@ -1,5 +1,6 @@
 // Token embeddings and encoder features gathered into one tensor: copies of rows, whatever the elements are.
 #include "dependent.cuh"
+#include "early.cuh"
 
 namespace {
 
@@ -20,8 +21,9 @@ __device__ __forceinline__ void embed_merge(
     const long long* __restrict__ token_ids, const int2* __restrict__ places, const Access* __restrict__ table,
     const FeatureRows& features, int first_item, Access* __restrict__ out, int length) {
     let_next_begin();
-    wait_for_previous();
     const long long token = blockIdx.x;
+    if (threadIdx.x == 0) bring_near(places + token), bring_near(token_ids + token);
+    wait_for_previous();
     const int2 place = places[token];
     // Loaded without waiting for the place, whether it is needed or not.
     const long long id = token_ids[token];

@@ -1,5 +1,6 @@
 // uint8 tiles to the rows of a patch product: normalised, rounded, patches unfolded, in one pass.
 #include "dependent.cuh"
+#include "early.cuh"
 #include "levels.cuh"
 #include "packs.cuh"
 
@@ -58,6 +59,8 @@ __device__ __forceinline__ void image_patches_wide(
     const unsigned all_packs = shape.num_channels * channel_packs, plane_packs = shape.height * row_packs;
     const uint4* from = tiles + static_cast<long long>(tile) * shape.num_channels * plane_packs +
                         (blockIdx.x - tile * patch_rows) * channel_packs;
+    for (int channel = threadIdx.x; channel < shape.num_channels; channel += blockDim.x)
+        bring_near(from + channel * plane_packs, channel_packs * 16);
     wait_for_previous();
     for (unsigned i = threadIdx.x; i < all_packs; i += blockDim.x) {
         const unsigned channel = i / channel_packs, row = i / row_packs;
@@ -70,14 +73,14 @@ __device__ __forceinline__ void image_patches_wide(
     const unsigned at = threadIdx.x % packs * kCount;
     const Pairs<kPairs> pairs = pairs_at<kPairs>(at, shape);
     T* to = out + static_cast<long long>(blockIdx.x) * patches * shape.columns + at;
+    Line lines[kPairs];
+#pragma unroll
+    for (int k = 0; k < kPairs; ++k) {
+        lines[k] = {0.0f, 0.0f};
+        if (pairs.channels[k] >= 0) lines[k] = line_of(table + pairs.channels[k] * kLevels);
+    }
     wait_for_copies();
     if (__syncthreads_and(is_line)) {
-        Line lines[kPairs];
-#pragma unroll
-        for (int k = 0; k < kPairs; ++k) {
-            lines[k] = {0.0f, 0.0f};
-            if (pairs.channels[k] >= 0) lines[k] = line_of(table + pairs.channels[k] * kLevels);
-        }
         for (unsigned i = threadIdx.x / packs; i < patches; i += blockDim.x / packs) {
             Floats<kCount> elements;
 #pragma unroll
@@ -133,7 +136,7 @@ __device__ __forceinline__ void image_patches_single(
 }  // namespace
 
 #define KERNELS(NAME, T)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(512) image_patches_##NAME##_wide(                                   \
+    extern "C" __global__ void __launch_bounds__(512, 4) image_patches_##NAME##_wide(                                \
         const uint4* tiles, const float* table, T* out, int num_channels, int height, int width, int patch,          \
         int columns, int pitch) {                                                                                    \
         image_patches_wide<T>(tiles, table, out, {num_channels, height, width, patch, columns, pitch});              \

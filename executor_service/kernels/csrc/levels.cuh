@@ -25,7 +25,7 @@ struct Line {
 };
 
 __device__ __forceinline__ Line line_of(const float* row) {
-    return {(row[kLevels - 1] - row[0]) / static_cast<float>(kLevels - 1), row[0]};
+    return {(row[kLevels - 1] - row[0]) * (1.0f / (kLevels - 1)), row[0]};
 }
 
 __device__ __forceinline__ float on(const Line& line, float level) {
