@@ -32,8 +32,10 @@ _TILE_ROWS: Final = 16
 _MAX_TILES: Final = 6
 _PAD_BYTES: Final = 16
 _SUMS_BYTES: Final = 2 * _WARPS * 8 * 20 * 4
-_SHARED_BYTES: Final = 110 * 1024
-"""Half of a multiprocessor's, so that the next kernel's blocks find room while this one's are still there."""
+_SHARED_BYTES: Final = 220 * 1024
+"""Of every block: one fits on a multiprocessor, and the next kernel's takes its place when it ends."""
+_PIECE: Final = 1024
+"""Columns of the weight in a stage: a copy costs the same whether it brings half a kilobyte or two."""
 
 
 def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -124,9 +126,11 @@ _POINTERS: Final = (POINTER,) * 5
 def _streaming(kind: str, rows: int, features: int, width: int, dtype: torch.dtype, device: int) -> Callable[..., None]:
     """The launch of the streaming variant, tensors left to be given."""
     ring = _Ring.of(rows, features, 8 if kind == "gated" else _TILE_ROWS, device)
-    name = f"small_linear_{dtype_name(dtype)}_{kind}_{ring.piece}_{ring.groups}"
-    launch = kernel("small_linear", name, (*_POINTERS, *(INT,) * 7), ring.shared_bytes(rows), is_dependent=True)
-    numbers = (rows, features, width, ring.stages, ring.input_stages, ring.prefetched, ring.lead)
+    groups = ceil(rows / 8)
+    name = f"small_linear_{dtype_name(dtype)}_{kind}_{_PIECE}_{groups}"
+    types = (*_POINTERS, *(INT,) * 7, POINTER, *(INT,) * 6)
+    launch = kernel("small_linear", name, types, _SHARED_BYTES, is_dependent=True)
+    numbers = (rows, features, width, ring.stages, ring.input_stages, 1 << 30, 0, 0, 0, _COLUMNS, 0, _COLUMNS, 1, 0)
     grid, threads = (num_multiprocessors(device),), 32 * (_WARPS + 1)
     return lambda *tensors: launch(grid, threads, *tensors, *numbers)
 
@@ -141,30 +145,24 @@ def _plain(variant: str, rows: int, features: int, width: int) -> Callable[..., 
 
 @dataclass(frozen=True)
 class _Ring:
-    """How shared memory is divided: stages of 16 rows of `piece` columns of the weight, and of all rows of x."""
+    """How shared memory is divided: stages of 16 rows of `_PIECE` columns of the weight, and of all rows of x."""
 
-    groups: int
-    piece: int
     stages: int
     input_stages: int
-    prefetched: int = 8
-    lead: int = 0
 
     @classmethod
     def of(cls, rows: int, features: int, units: int, device: int) -> _Ring:
         """As many stages as there is room for; enough of x that the weights never wait for it."""
-        groups = 1 if rows <= 8 else 2
-        piece = 512 if groups == 1 else 256
         tiles = ceil(ceil(features / num_multiprocessors(device)) / units)
         tiles = ceil(tiles / ceil(tiles / _MAX_TILES))
         stages = 2
-        while cls(groups, piece, stages + 1, ceil(stages / tiles) + 1).shared_bytes(rows) <= _SHARED_BYTES:
+        while cls(stages + 1, max(2, ceil((stages + 1) / tiles))).shared_bytes(rows) <= _SHARED_BYTES:
             stages += 1
-        return cls(groups, piece, stages, ceil((stages - 1) / tiles) + 1)
+        return cls(stages, max(2, ceil(stages / tiles)))
 
     def shared_bytes(self, rows: int) -> int:
         """Of a block: both rings, the warps' sums, and two barriers of 8 bytes per stage."""
-        pitch = 2 * self.piece + _PAD_BYTES
+        pitch = 2 * _PIECE + _PAD_BYTES
         data = (self.stages * _TILE_ROWS + self.input_stages * rows) * pitch
         return data + _SUMS_BYTES + 16 * (self.stages + self.input_stages)
 

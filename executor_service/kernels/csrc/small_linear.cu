@@ -7,7 +7,7 @@
 // before it waits for the kernel before it, and lets the next one do so when its own last tiles are under way.
 #include "dependent.cuh"
 #include "numbers.cuh"
-#include "small_linear_parts.cuh"
+#include "small_linear_ring.cuh"
 
 #ifndef SMALL_LINEAR_TRACE
 #define TRACE_PARAMETER
@@ -29,125 +29,65 @@ namespace {
 constexpr int kConsumers = 8;
 [[maybe_unused]] constexpr int kTileRows = 16;
 constexpr int kThreads = 32 * (kConsumers + 1);
-// Rows in shared memory lie 16 bytes further apart than they are long: ldmatrix then meets no bank conflicts.
-[[maybe_unused]] constexpr int kPadBytes = 16;
 // One tile's sums of 8 rows of x, per warp: rows of 16 features, 4 words apart, again for the banks.
 [[maybe_unused]] constexpr int kSumsPitch = 20;
 [[maybe_unused]] constexpr int kSumsWords = 8 * kSumsPitch;
 
 #if __CUDA_ARCH__ >= 900
 
-// The weight's rows that one block computes, in passes of at most kMaxTiles tiles over all columns.
-template <int kMaxTiles, int kUnits> struct Share {
-    int begin, end, tiles, tiles_each, passes;
-
-    __device__ explicit Share(int units) {
-        begin = static_cast<int>(static_cast<long long>(units) * blockIdx.x / gridDim.x);
-        end = static_cast<int>(static_cast<long long>(units) * (blockIdx.x + 1) / gridDim.x);
-        tiles = (end - begin + kUnits - 1) / kUnits;
-        passes = (tiles + kMaxTiles - 1) / kMaxTiles;
-        tiles_each = passes ? (tiles + passes - 1) / passes : 0;
-        passes = tiles_each ? (tiles + tiles_each - 1) / tiles_each : 0;
-    }
-    __device__ int tiles_in(int pass) const { return min(tiles_each, tiles - pass * tiles_each); }
-    __device__ int first(int pass, int tile) const { return begin + (pass * tiles_each + tile) * kUnits; }
-    __device__ int rows_at(int first) const { return min(kUnits, end - first); }
-};
-
-// Where a walk over (pass, piece of columns, tile) stands.
-struct Position {
-    int pass = 0, piece = 0, tile = 0, sequence = 0;
-
-    template <typename Share> __device__ void advance(const Share& share, int pieces) {
-        if (++tile < share.tiles_in(pass)) return;
-        tile = 0;
-        ++sequence;
-        if (++piece < pieces) return;
-        piece = 0;
-        ++pass;
-    }
-};
-
-// Barriers and stages of one ring; `full` ends when copies have come, `empty` when all consumers have read.
-struct Ring {
-    unsigned data, stride, full, empty;
-    int stages, stage = 0;
-    unsigned parity = 0;
-
-    __device__ unsigned here() const { return data + stage * stride; }
-    __device__ unsigned full_here() const { return full + 8 * stage; }
-    __device__ unsigned empty_here() const { return empty + 8 * stage; }
-    __device__ void advance() {
-        if (++stage < stages) return;
-        stage = 0;
-        parity ^= 1;
-    }
-    __device__ void init() const {
-        for (int i = 0; i < stages; ++i) {
-            init_barrier(full + 8 * i, 1);
-            init_barrier(empty + 8 * i, kConsumers);
-        }
-    }
-};
-
-template <typename T, int kPiece, int kMaxTiles, bool kGated> struct Producer {
+template <typename T, int kPiece, bool kGated> struct Producer {
     static constexpr int kUnits = kGated ? kTileRows / 2 : kTileRows;
-    const Share<kMaxTiles, kUnits>& share;
+    static constexpr unsigned kPitch = kPiece * sizeof(T) + kPadBytes;
+    const Matrix& matrix;
     const T* x;
-    const T* weight;
-    int rows, features, width, pieces;
+    int rows;
     Ring weights, inputs;
     unsigned long long policy;
 
-    __device__ unsigned bytes_of(int piece) const { return min(kPiece, width - piece * kPiece) * sizeof(T); }
-
-    // The row of the weight that this lane copies, from column 0 of the piece on; nullptr: none.
-    __device__ const T* source(const Position& at) const {
-        const int lane = threadIdx.x % 32, unit = kGated ? lane % kUnits : lane;
-        const int first = share.first(at.pass, at.tile);
-        if (lane >= kTileRows || unit >= share.rows_at(first)) return nullptr;
-        const long long row = first + unit + (kGated && lane >= kUnits ? features : 0);
-        return weight + row * width + at.piece * kPiece;
-    }
-
+    // The whole warp computes the same addresses and one lane copies: a loop over lanes would take longer than the data.
     __device__ void put_weights(const Position& at) {
-        const unsigned bytes = bytes_of(at.piece);
-        const int copied = share.rows_at(share.first(at.pass, at.tile)) * (kGated ? 2 : 1);
-        if (threadIdx.x % 32 == 0) arrive_expecting(weights.full_here(), copied * bytes);
-        __syncwarp();
-        const int row = threadIdx.x % 32;
-        const T* from = source(at);
-        const unsigned to = weights.here() + row * (kPiece * sizeof(T) + kPadBytes);
-        if (from) copy_once_read(to, from, bytes, weights.full_here(), policy);
+        const unsigned bytes = matrix.bytes_of(at.piece), to = weights.here(), barrier = weights.full_here();
+        const int count = matrix.share.units_at(matrix.share.first(at.pass, at.tile));
+        const unsigned char* from = matrix.source(at);
+        const unsigned char* other = from + matrix.features * matrix.row_bytes();
+        if (elect()) {
+            arrive_expecting(barrier, count * (kGated ? 2 : 1) * bytes);
+#pragma unroll
+            for (int row = 0; row < kUnits; ++row) {
+                if (row >= count) break;
+                copy_once_read(to + row * kPitch, from + row * matrix.row_bytes(), bytes, barrier, policy);
+                if constexpr (kGated) {
+                    const unsigned there = to + (kUnits + row) * kPitch;
+                    copy_once_read(there, other + row * matrix.row_bytes(), bytes, barrier, policy);
+                }
+            }
+        }
         weights.advance();
     }
 
     __device__ void put_inputs(int sequence) {
-        const int piece = sequence % pieces;
-        const unsigned bytes = bytes_of(piece);
+        const int piece = sequence % matrix.pieces;
+        const unsigned bytes = matrix.bytes_of(piece), to = inputs.here(), barrier = inputs.full_here();
         if (sequence >= inputs.stages) wait_for_phase(inputs.empty_here(), inputs.parity ^ 1);
-        if (threadIdx.x % 32 == 0) arrive_expecting(inputs.full_here(), rows * bytes);
-        __syncwarp();
-        for (int row = threadIdx.x % 32; row < rows; row += 32) {
-            const unsigned to = inputs.here() + row * (kPiece * sizeof(T) + kPadBytes);
-            copy(to, x + static_cast<long long>(row) * width + piece * kPiece, bytes, inputs.full_here());
+        const T* from = x + piece * kPiece;
+        if (elect()) {
+            arrive_expecting(barrier, rows * bytes);
+#pragma unroll 8
+            for (int row = 0; row < rows; ++row)
+                copy(to + row * kPitch, from + static_cast<long long>(row) * matrix.width, bytes, barrier);
         }
         inputs.advance();
     }
 
-    __device__ void run(int num_prefetched, int lead TRACE_PARAMETER) {
-        const int total = share.tiles * pieces, filled = min(weights.stages, total);
+    __device__ void run(const Matrix& next, int skipped, int distance, int lead TRACE_PARAMETER) {
+        const Share& share = matrix.share;
+        const int total = share.tiles * matrix.pieces, filled = min(weights.stages, total);
         Position at;
         int inputs_needed = 0;
         for (int i = 0; i < filled; ++i) {
             put_weights(at);
             inputs_needed = at.sequence + 1;
-            at.advance(share, pieces);
-        }
-        Position ahead = at;
-        for (int i = filled; i < min(total, filled + num_prefetched); ++i) {
-            if (const T* from = source(ahead)) prefetch(from, bytes_of(ahead.piece));
-            ahead.advance(share, pieces);
+            at.advance(share, matrix.pieces);
         }
         TRACE(1);
         if (total - filled <= lead) let_next_begin();
@@ -159,9 +99,10 @@ template <typename T, int kPiece, int kMaxTiles, bool kGated> struct Producer {
             if (at.sequence == inputs_put) put_inputs(inputs_put++);
             wait_for_phase(weights.empty_here(), weights.parity ^ 1);
             put_weights(at);
-            at.advance(share, pieces);
+            at.advance(share, matrix.pieces);
             if (total - i - 1 == lead) let_next_begin();
         }
+        if (next.weight) prefetch_tiles(next, skipped, distance);
         TRACE(3);
     }
 };
@@ -171,7 +112,7 @@ template <typename T, int kPiece, int kGroups, int kMaxTiles, bool kGated> struc
     static constexpr int kSteps = kPiece / 16 / kConsumers;
     static constexpr unsigned kPitch = kPiece * sizeof(T) + kPadBytes;
     static constexpr int kRounds = (kMaxTiles * kGroups + 1) / 2;
-    const Share<kMaxTiles, kUnits>& share;
+    const Share& share;
     const T *bias, *residual;
     T* out;
     float* parts;
@@ -200,8 +141,7 @@ template <typename T, int kPiece, int kGroups, int kMaxTiles, bool kGated> struc
             for (int i = 0; i < kSteps; ++i)
                 if (kWhole || i < steps) load_matrices(right[i][group], from + columns<kWhole>(i, steps));
         }
-        __syncwarp();
-        if (lane == 0) arrive(inputs.empty_here());
+        release(inputs.empty_here());
         inputs.advance();
     }
 
@@ -213,8 +153,7 @@ template <typename T, int kPiece, int kGroups, int kMaxTiles, bool kGated> struc
 #pragma unroll
         for (int i = 0; i < kSteps; ++i)
             if (kWhole || i < steps) load_matrices(left[i], from + columns<kWhole>(i, steps));
-        __syncwarp();
-        if (lane == 0) arrive(weights.empty_here());
+        release(weights.empty_here());
         weights.advance();
 #pragma unroll
         for (int i = 0; i < kSteps; ++i)
@@ -241,7 +180,7 @@ template <typename T, int kPiece, int kGroups, int kMaxTiles, bool kGated> struc
             const int tile = (2 * round + half) / kGroups, x_row = (2 * round + half) % kGroups * 8 + row;
             const int first = share.first(pass, tile), feature = first + unit;
             extra[round] = 0.0f;
-            if (kGated || tile >= tiles || x_row >= rows || unit >= share.rows_at(first)) continue;
+            if (kGated || tile >= tiles || x_row >= rows || unit >= share.units_at(first)) continue;
             if (bias) extra[round] = to_float(bias[feature]);
             if (residual) extra[round] += to_float(residual[static_cast<long long>(x_row) * features + feature]);
         }
@@ -265,11 +204,11 @@ template <typename T, int kPiece, int kGroups, int kMaxTiles, bool kGated> struc
             }
             const int tile = (2 * round + half) / kGroups, x_row = (2 * round + half) % kGroups * 8 + row;
             const int first = share.first(pass, tile);
-            if (tile < tiles && x_row < rows && unit < share.rows_at(first)) {
+            if (tile < tiles && x_row < rows && unit < share.units_at(first)) {
                 float result = sum + extra[round];
                 if constexpr (kGated) {
                     const float gate = rounded<T>(sum);
-                    result = rounded<T>(gate / (1.0f + expf(-gate))) * rounded<T>(other);
+                    result = rounded<T>(silu<T>(gate)) * rounded<T>(other);
                 }
                 out[static_cast<long long>(x_row) * features + first + unit] = from_float<T>(result);
             }
@@ -298,11 +237,12 @@ template <typename T, int kPiece, int kGroups, int kMaxTiles, bool kGated> struc
 template <typename T, int kPiece, int kGroups, int kMaxTiles, bool kGated>
 __device__ __forceinline__ void stream_linear(
     const T* x, const T* weight, const T* bias, const T* residual, T* out, int rows, int features, int width,
-    int num_stages, int num_input_stages, int num_prefetched, int lead TRACE_PARAMETER) {
+    int num_stages, int num_input_stages, int lead, int distance, const void* next, int next_features, int next_width,
+    int next_is_gated, int next_piece, int next_max_tiles, int next_stages TRACE_PARAMETER) {
 #if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) unsigned char shared[];
     TRACE(0);
-    const Share<kMaxTiles, kGated ? kTileRows / 2 : kTileRows> share(features);
+    const Matrix matrix(weight, features, width, kGated, kTileRows, kMaxTiles, kPiece);
     const unsigned pitch = kPiece * sizeof(T) + kPadBytes, base = shared_address(shared);
     Ring weights{base, kTileRows * pitch}, inputs{base + num_stages * kTileRows * pitch, rows * pitch};
     weights.stages = num_stages, inputs.stages = num_input_stages;
@@ -312,51 +252,53 @@ __device__ __forceinline__ void stream_linear(
     inputs.full = weights.empty + 8 * num_stages;
     inputs.empty = inputs.full + 8 * num_input_stages;
     if (threadIdx.x == 0) {
-        weights.init();
-        inputs.init();
+        weights.init(kConsumers);
+        inputs.init(kConsumers);
         publish_barriers();
     }
     __syncthreads();
-    const int pieces = (width + kPiece - 1) / kPiece;
     if (threadIdx.x / 32 == kConsumers) {
-        Producer<T, kPiece, kMaxTiles, kGated> producer{
-            share, x, weight, rows, features, width, pieces, weights, inputs, read_once_policy()};
-        producer.run(num_prefetched, lead TRACE_ARGUMENT);
+        const Matrix after(next, next_features, next_width, next_is_gated, kTileRows, next_max_tiles, next_piece);
+        Producer<T, kPiece, kGated> producer{matrix, x, rows, weights, inputs, read_once_policy()};
+        producer.run(after, next_stages, distance, lead TRACE_ARGUMENT);
     } else {
         wait_for_previous();
         Consumer<T, kPiece, kGroups, kMaxTiles, kGated> consumer{
-            share, bias, residual, out, reinterpret_cast<float*>(shared + parts), rows, features, width, pieces,
-            weights, inputs};
+            matrix.share, bias, residual, out, reinterpret_cast<float*>(shared + parts), rows, features, width,
+            matrix.pieces, weights, inputs};
         consumer.run();
         if (threadIdx.x / 32 == 0) { TRACE(4); }
+#ifdef SMALL_LINEAR_TRACE
+        unsigned sm;
+        asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
+        if (threadIdx.x == 0) trace[blockIdx.x * 8 + 5] = sm;
+#endif
     }
 #endif
 }
 
 }  // namespace
 
-#define STREAM(NAME, T, KIND, GATED, PIECE, GROUPS, TILES, BLOCKS)                                                   \
+#define STREAM(NAME, T, KIND, GATED, PIECE, GROUPS, TILES, BLOCKS)                                                    \
     extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) small_linear_##NAME##_##KIND##_##PIECE##_##GROUPS( \
-        const T* x, const T* weight, const T* bias, const T* residual, T* out, int rows, int features, int width,    \
-        int num_stages, int num_input_stages, int num_prefetched, int lead TRACE_PARAMETER) {                        \
-        stream_linear<T, PIECE, GROUPS, TILES, GATED>(                                                               \
-            x, weight, bias, residual, out, rows, features, width, num_stages, num_input_stages, num_prefetched,     \
-            lead TRACE_ARGUMENT);                                                                                    \
+        const T* x, const T* weight, const T* bias, const T* residual, T* out, int rows, int features, int width,     \
+        int num_stages, int num_input_stages, int lead, int distance, const void* next, int next_features,            \
+        int next_width, int next_is_gated, int next_piece, int next_max_tiles, int next_stages TRACE_PARAMETER) {     \
+        stream_linear<T, PIECE, GROUPS, TILES, GATED>(                                                                \
+            x, weight, bias, residual, out, rows, features, width, num_stages, num_input_stages, lead, distance,      \
+            next, next_features, next_width, next_is_gated, next_piece, next_max_tiles, next_stages TRACE_ARGUMENT);  \
     }
 #define STREAMS(NAME, T, PIECE, GROUPS, TILES, BLOCKS)            \
     STREAM(NAME, T, plain, false, PIECE, GROUPS, TILES, BLOCKS)   \
     STREAM(NAME, T, gated, true, PIECE, GROUPS, TILES, BLOCKS)
 #ifndef SMALL_LINEAR_TRIALS
-STREAMS(float16, float16, 512, 1, 6, 2)
-STREAMS(bfloat16, bfloat16, 512, 1, 6, 2)
-STREAMS(float16, float16, 256, 2, 6, 2)
-STREAMS(bfloat16, bfloat16, 256, 2, 6, 2)
+STREAMS(float16, float16, 1024, 1, 6, 1)
+STREAMS(bfloat16, bfloat16, 1024, 1, 6, 1)
+STREAMS(float16, float16, 1024, 2, 6, 1)
+STREAMS(bfloat16, bfloat16, 1024, 2, 6, 1)
 #else
-STREAMS(bfloat16, bfloat16, 256, 1, 6, 2)
 STREAMS(bfloat16, bfloat16, 512, 1, 6, 2)
 STREAMS(bfloat16, bfloat16, 1024, 1, 6, 2)
-STREAMS(bfloat16, bfloat16, 256, 2, 6, 2)
-STREAMS(bfloat16, bfloat16, 512, 2, 6, 2)
-STREAMS(bfloat16, bfloat16, 256, 4, 4, 1)
-STREAMS(bfloat16, bfloat16, 256, 8, 3, 1)
+STREAMS(bfloat16, bfloat16, 512, 2, 6, 1)
+STREAMS(bfloat16, bfloat16, 1024, 2, 6, 1)
 #endif

@@ -1,6 +1,7 @@
 // x @ weight^T for any sizes and element types: a warp per output feature and eight rows of x, no tensor cores.
 #include "dependent.cuh"
 #include "numbers.cuh"
+#include "small_linear_ring.cuh"
 
 namespace {
 
@@ -57,7 +58,7 @@ __device__ __forceinline__ void any_linear(
         if constexpr (kGated) {
             // Rounded where linear, silu and the product apart would have been.
             const float gate = rounded<T>(result);
-            result = rounded<T>(gate / (1.0f + expf(-gate))) * rounded<T>(others[row]);
+            result = rounded<T>(silu<T>(gate)) * rounded<T>(others[row]);
         } else {
             if (bias) result += to_float(bias[feature]);
             if (residual) result += to_float(residual[to]);

@@ -24,6 +24,16 @@ __device__ __forceinline__ void arrive(unsigned barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// All lanes of a warp have read: one arrives for all.
+__device__ __forceinline__ void release(unsigned barrier) {
+#ifdef SMALL_LINEAR_ALL_ARRIVE
+    arrive(barrier);
+#else
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(barrier);
+#endif
+}
+
 // Arrives, and lets the phase end only once copies have brought so many bytes.
 __device__ __forceinline__ void arrive_expecting(unsigned barrier, unsigned bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -40,10 +50,29 @@ __device__ __forceinline__ void wait_for_phase(unsigned barrier, unsigned parity
         "}\n" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// True for one lane of the warp, all of whose lanes come here together.
+__device__ __forceinline__ bool elect() {
+    unsigned is_elected;
+    asm volatile(
+        "{\n"
+        ".reg .pred elected;\n"
+        "elect.sync _|elected, 0xffffffff;\n"
+        "selp.u32 %0, 1, 0, elected;\n"
+        "}\n" : "=r"(is_elected));
+    return is_elected;
+}
+
 // For data that is read once: it leaves the L2 cache first.
 __device__ __forceinline__ unsigned long long read_once_policy() {
     unsigned long long policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// For data that all blocks read.
+__device__ __forceinline__ unsigned long long keep_policy() {
+    unsigned long long policy;
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
 
