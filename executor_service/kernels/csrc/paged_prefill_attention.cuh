@@ -107,30 +107,33 @@ __device__ __forceinline__ float sum_of_four_lanes(float value) {
 template <int kSlack, int kCount>
 __device__ __forceinline__ void exponentiate(
     float (&scores)[kCount], Rows& rows, float factor, float (&corrections)[2]) {
+    float largest[2][2], sums[2][2] = {}, shift[2];  // two of each row, so that not every step waits for the one before
+#pragma unroll
+    for (int i = 0; i < 4; ++i) largest[i % 2][i / 2] = fmaxf(scores[2 * i], scores[2 * i + 1]);
+#pragma unroll
+    for (int i = 4; i < kCount / 2; ++i) {
+        const int row = i % 2, chain = i / 2 % 2;
+        largest[row][chain] = fmaxf(largest[row][chain], fmaxf(scores[2 * i], scores[2 * i + 1]));
+    }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        float largest = fmaxf(scores[2 * row], scores[2 * row + 1]);
-#pragma unroll
-        for (int i = 1; i < kCount / 4; ++i)
-            largest = fmaxf(largest, fmaxf(scores[4 * i + 2 * row], scores[4 * i + 2 * row + 1]));
-        largest = fmaxf(rows.maximum[row], largest_of_four_lanes(largest));
-        if (kSlack && (largest - rows.maximum[row]) * factor <= kSlack) largest = rows.maximum[row];
+        float most = fmaxf(rows.maximum[row], largest_of_four_lanes(fmaxf(largest[row][0], largest[row][1])));
+        if (kSlack && (most - rows.maximum[row]) * factor <= kSlack) most = rows.maximum[row];
         // A row that has seen nothing yet keeps zeros: minus infinity less itself is no number.
-        const float shift = largest == minus_infinity() ? 0.0f : largest * factor;
-        corrections[row] = exp2_of(rows.maximum[row] * factor - shift);
-        rows.maximum[row] = largest;
-        float sum = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kCount / 4; ++i) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                float& score = scores[4 * i + 2 * row + e];
-                score = exp2_of(score * factor - shift);
-                sum += score;
-            }
-        }
-        rows.sum[row] = rows.sum[row] * corrections[row] + sum;
+        shift[row] = most == minus_infinity() ? 0.0f : most * factor;
+        corrections[row] = exp2_of(rows.maximum[row] * factor - shift[row]);
+        rows.maximum[row] = most;
     }
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+        const int row = i % 2, chain = i / 2 % 2;
+        scores[2 * i] = exp2_of(scores[2 * i] * factor - shift[row]);
+        scores[2 * i + 1] = exp2_of(scores[2 * i + 1] * factor - shift[row]);
+        sums[row][chain] += scores[2 * i] + scores[2 * i + 1];
+    }
+#pragma unroll
+    for (int row = 0; row < 2; ++row)
+        rows.sum[row] = rows.sum[row] * corrections[row] + (sums[row][0] + sums[row][1]);
 }
 
 // The reciprocals of both rows' sums, which all lanes of a row know then.

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kGroups = 2;  // warpgroups that compute
 constexpr int kThreads = 128 * (1 + kGroups);
-enum Variant { kTakesTurns = 1, kFinishes = 2, kLazy = 4, kHalf = 8 };
+enum Variant { kTakesTurns = 1, kFinishes = 2, kLazy = 4, kHalf = 8, kOneByOne = 16 };
 
 struct alignas(64) TensorMap {
     unsigned char bytes[128];
@@ -39,6 +39,7 @@ constexpr int kRows = 64 * kGroups;  // queries of a tile
 constexpr int kKeys = 128;           // keys of a tile
 constexpr int kStages = 2;           // tiles of keys, and of values, in shared memory
 constexpr int kSlots = 2;            // tiles of queries there: one in work, one to come
+constexpr int kQueryWarps = 3;       // bring them
 
 // A tile of queries of one head, and the tiles of keys that it sees. No rows: there is nothing left to do.
 struct Work {
@@ -51,7 +52,7 @@ template <int kDim> struct Shared {
     static constexpr int kAtom = 1024;
     static constexpr int kTile = 128 * kDim * 2;
     enum Barrier { kWork, kQueries = 2, kSlotFree = 4, kKeysThere = 6, kValuesThere = 8, kKeysFree = 10,
-                   kValuesFree = 12, kTail = 14 };
+                   kValuesFree = 12, kTail = 14, kNearlyDone = 15 };
 
     unsigned char* base;
     unsigned address;
@@ -72,7 +73,7 @@ template <int kDim> struct Shared {
     __device__ __forceinline__ void init_barriers() const {
         for (int i = 0; i < 2; ++i) {
             init_barrier(barrier(kWork, i), 1);
-            init_barrier(barrier(kQueries, i), 1);
+            init_barrier(barrier(kQueries, i), kQueryWarps);
             init_barrier(barrier(kSlotFree, i), 1 + 4 * kGroups);
             init_barrier(barrier(kKeysThere, i), 1);
             init_barrier(barrier(kValuesThere, i), 1);
@@ -80,101 +81,154 @@ template <int kDim> struct Shared {
             init_barrier(barrier(kValuesFree, i), 4 * kGroups);
         }
         init_barrier(barrier(kTail), 1);
+        init_barrier(barrier(kNearlyDone), 1);
     }
 };
 
-// Draws tiles of queries, for a whole warp. Tickets grow, so requests that are behind one are behind all later ones.
+// The compiler does not know that what lies in shared memory is the same for all lanes, and keeps it in uniform registers,
+// where products want the places of their operands, only if it does.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(kAllLanes, value, 0); }
+
+__device__ __forceinline__ Work uniform(const Work& work) {
+    return {uniform(work.request),  uniform(work.head),   uniform(work.row),     uniform(work.num_rows),
+            uniform(work.position), uniform(work.lowest), uniform(work.highest), uniform(work.length)};
+}
+
+// Draws tiles of queries, for a whole warp. Tickets are in the order of groups of kTogether requests, whose keys and
+// values the L2 cache holds, and in a group the tiles that see most come first. A thread block's tickets grow, so
+// requests that are behind one are behind all later ones.
 struct Drawing {
+    static constexpr int kTogether = 4;
+
     int ticket = blockIdx.x;
     int first_request = 0, num_before = 0;  // tiles of the requests before it
 
     // The tile of `ticket`; without rows if there are fewer.
     __device__ __forceinline__ Work tile(const Arguments& arguments) {
         const int lane = threadIdx.x % 32, number = ticket / arguments.num_heads;
-        for (; first_request < arguments.num_requests; first_request += 32) {
-            const int request = first_request + lane;
-            Chunk chunk{0, 0, 0};
-            if (request < arguments.num_requests) chunk = chunk_of(arguments.cu_seqlens, arguments.seq_lens, request);
-            const int num_tiles = (chunk.count + kRows - 1) / kRows;
-            int until = num_before + num_tiles;
+        for (; first_request < arguments.num_requests; first_request += 32 * kTogether) {
+            int counts[kTogether], until = 0;
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i) {
+                const int request = first_request + lane * kTogether + i;
+                counts[i] = request < arguments.num_requests
+                                ? (arguments.cu_seqlens[request + 1] - arguments.cu_seqlens[request] + kRows - 1) / kRows
+                                : 0;
+                until += counts[i];
+            }
+            const int own = until;
             for (int offset = 1; offset < 32; offset *= 2) {
-                const int other = __shfl_up_sync(kAllLanes, until - num_before, offset);
+                const int other = __shfl_up_sync(kAllLanes, until, offset);
                 if (lane >= offset) until += other;
             }
+            until += num_before;
             const unsigned found = __ballot_sync(kAllLanes, until > number);
             if (found) {
-                const int from = __ffs(found) - 1, first = (until - 1 - number) * kRows;
-                Work work;
-                work.request = request;
-                work.head = ticket % arguments.num_heads;
-                work.row = chunk.begin + first;
-                work.num_rows = min(kRows, chunk.count - first);
-                work.position = chunk.length - chunk.count + first;
-                work.lowest = first_key(work.position, arguments.window) / kKeys;
-                work.highest = (work.position + work.num_rows - 1) / kKeys;
-                work.length = chunk.length;
-                int* fields = reinterpret_cast<int*>(&work);
+                const int from = __ffs(found) - 1;
 #pragma unroll
-                for (int i = 0; i < static_cast<int>(sizeof(Work) / 4); ++i)
-                    fields[i] = __shfl_sync(kAllLanes, fields[i], from);
-                return work;
+                for (int i = 0; i < kTogether; ++i) counts[i] = __shfl_sync(kAllLanes, counts[i], from);
+                const int index = number - __shfl_sync(kAllLanes, until - own, from);
+                return tile_of_group(arguments, first_request + from * kTogether, counts, index);
             }
             num_before = __shfl_sync(kAllLanes, until, 31);
         }
         return {};
     }
+    // Number `index` of the tiles that a group's requests have, by descending place in their chunks.
+    __device__ __forceinline__ Work tile_of_group(
+        const Arguments& arguments, int request, const int (&counts)[kTogether], int index) const {
+        int tile = 0, before = 0;
+        for (int above = max(max(counts[0], counts[1]), max(counts[2], counts[3])); above > 0; above -= 32) {
+            const int own = max(above - 1 - static_cast<int>(threadIdx.x % 32), 0);
+            int until = 0, here = 0;
+#pragma unroll
+            for (int count : counts) until += max(count - own, 0), here += count > own;
+            const unsigned found = __ballot_sync(kAllLanes, until > index);
+            if (!found) continue;
+            tile = __shfl_sync(kAllLanes, own, __ffs(found) - 1);
+            before = __shfl_sync(kAllLanes, until - here, __ffs(found) - 1);
+            break;
+        }
+        index -= before;
+        int which = 0;
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i)
+            if (counts[i] > tile && index-- == 0) which = i;
+        request += which;
+        const Chunk chunk = chunk_of(arguments.cu_seqlens, arguments.seq_lens, request);
+        const int first = tile * kRows, num_rows = min(kRows, chunk.count - first);
+        const int position = chunk.length - chunk.count + first;
+        return {request, ticket % arguments.num_heads, chunk.begin + first, num_rows, position,
+                first_key(position, arguments.window) / kKeys, (position + num_rows - 1) / kKeys, chunk.length};
+    }
     __device__ __forceinline__ void draw(int* num_drawn) {
         if (threadIdx.x % 32 == 0) ticket = gridDim.x + atomicAdd(num_drawn, 1);
+        ticket = __shfl_sync(kAllLanes, ticket, 0);
     }
-    __device__ __forceinline__ void know() { ticket = __shfl_sync(kAllLanes, ticket, 0); }
     // After the end was found. Every thread block draws in vain once; whoever does so last puts the count back.
     __device__ __forceinline__ void end(const Arguments& arguments, bool has_drawn) {
-        if (threadIdx.x % 32) return;
         if (!has_drawn) draw(arguments.num_drawn);
         const int num_blocks = gridDim.x, num_tickets = num_before * arguments.num_heads;
-        if (ticket - num_blocks == max(num_tickets - num_blocks, 0) + num_blocks - 1) *arguments.num_drawn = 0;
+        if (threadIdx.x % 32 == 0 && ticket - num_blocks == max(num_tickets - num_blocks, 0) + num_blocks - 1)
+            *arguments.num_drawn = 0;
     }
 };
 
+// One of kQueryWarps warps, each of which has the same pack of every so many rows.
 template <typename T, int kDim>
-__device__ __forceinline__ void copy_queries(const Arguments& arguments, const Work& work, unsigned to) {
-    constexpr int kPacks = kDim / 8;
-    const int lane = threadIdx.x % 32;
+__device__ __forceinline__ void copy_queries(const Arguments& arguments, const Work& work, unsigned to, int warp) {
+    constexpr int kPacks = kDim / 8, kRowsAtOnce = 32 / kPacks;
+    const int lane = threadIdx.x % 32, pack = lane % kPacks, row_stride = arguments.num_heads * kDim;
     const T* from = static_cast<const T*>(arguments.query) +
-                    (static_cast<long long>(work.row) * arguments.num_heads + work.head) * kDim;
-    const int row_stride = arguments.num_heads * kDim;
+                    (static_cast<long long>(work.row) * arguments.num_heads + work.head) * kDim + pack * 8;
 #pragma unroll 8
-    for (int i = 0; i < kRows * kPacks / 32; ++i) {
-        const int row = (32 * i + lane) / kPacks, pack = lane % kPacks;
+    for (int row = warp * kRowsAtOnce + lane / kPacks; row < kRows; row += kQueryWarps * kRowsAtOnce) {
         const bool valid = row < work.num_rows;
         copy_async(
-            to + Shared<kDim>::at(row, pack), from + static_cast<long long>(valid ? row : 0) * row_stride + pack * 8,
-            valid);
+            to + Shared<kDim>::at(row, pack), from + static_cast<long long>(valid ? row : 0) * row_stride, valid);
     }
     wait_for_copies();
     publish_shared_writes();
 }
 
-// One warp: what to do next, and the queries of it.
+// The first of the warps that bring queries: says what to do next.
 template <typename T, int kDim>
-__device__ __forceinline__ void bring_queries(const Arguments& arguments, const Shared<kDim>& shared) {
+__device__ __forceinline__ void draw_tiles(const Arguments& arguments, const Shared<kDim>& shared) {
     using S = Shared<kDim>;
     const bool leads = threadIdx.x % 32 == 0;
     Drawing drawing;
     for (unsigned i = 0;; ++i) {
         const int slot = i % kSlots;
-        drawing.know();
+        // Not sooner than its keys can be asked for: until then others may run out of work.
+        if (i > 0) {
+            wait(shared.barrier(S::kNearlyDone), i & 1 ^ 1);
+            drawing.draw(arguments.num_drawn);
+        }
         const Work work = drawing.tile(arguments);
-        if (work.num_rows) drawing.draw(arguments.num_drawn);
         wait(shared.barrier(S::kSlotFree, slot), (i / kSlots & 1) ^ 1);
         if (leads) {
             shared.work(slot) = work;
             arrive(shared.barrier(S::kWork, slot));
         }
-        if (work.num_rows) copy_queries<T, kDim>(arguments, work, shared.queries(slot));
+        if (work.num_rows) copy_queries<T, kDim>(arguments, work, shared.queries(slot), 0);
         __syncwarp();
         if (leads) arrive(shared.barrier(S::kQueries, slot));
         if (!work.num_rows) return drawing.end(arguments, i > 0);
+    }
+}
+
+// The others: they go along.
+template <typename T, int kDim>
+__device__ __forceinline__ void bring_queries(const Arguments& arguments, const Shared<kDim>& shared, int warp) {
+    using S = Shared<kDim>;
+    for (unsigned i = 0;; ++i) {
+        const int slot = i % kSlots;
+        wait(shared.barrier(S::kWork, slot), i / kSlots & 1);
+        const Work work = shared.work(slot);
+        if (work.num_rows) copy_queries<T, kDim>(arguments, work, shared.queries(slot), warp);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) arrive(shared.barrier(S::kQueries, slot));
+        if (!work.num_rows) return;
     }
 }
 
@@ -212,6 +266,7 @@ __device__ __forceinline__ void bring_keys_and_values(const Arguments& arguments
         };
         int block = block_of(work.highest);
         for (int tile = work.highest; tile >= work.lowest; --tile, ++count) {
+            if (tile == work.lowest && lane == 0) arrive(shared.barrier(S::kNearlyDone));
             const int stage = count % kStages, free_parity = (count / kStages & 1) ^ 1;
             const int num_tokens = min(work.length - tile * kKeys, kKeys), num_boxes = (num_tokens + box - 1) / box;
             const int group = block * (block_size / 8) + tile * kKeys % block_size / 8;
@@ -315,7 +370,7 @@ template <typename T, int kDim, int kVariant> struct Warpgroup {
     __device__ __forceinline__ Work draw(unsigned number) const {
         const int slot = number % kSlots;
         wait(shared.barrier(S::kQueries, slot), number / kSlots & 1);
-        return shared.work(slot);
+        return uniform(shared.work(slot));
     }
     __device__ __forceinline__ void wait_for(int which, unsigned number) const {
         wait(shared.barrier(which, number % kStages), number / kStages & 1);
@@ -359,7 +414,57 @@ template <typename T, int kDim, int kVariant> struct Warpgroup {
         store_rows<T, kDim>(arguments, work, outputs, shared, slot, first_row);
         if (lane == 0) arrive(shared.barrier(S::kSlotFree, slot));
     }
+    // As `run`, but every tile of queries begins when the one before it has ended.
+    __device__ __forceinline__ void run_one_by_one() const {
+        if (kVariant & kTakesTurns && group == 1) announce_to(1, 256);
+        Scores scores;
+        Weights weights;
+        Outputs outputs;
+        float corrections[2];
+        unsigned count = 0;
+        for (unsigned i = 0;; ++i) {
+            const Work work = draw(i);
+            if (!work.num_rows) return;
+            Rows rows;
+            wait_for(S::kKeysThere, count);
+            bool half = is_half(work, work.highest);
+            issue_scores(scores, i % kSlots, count);
+            wait_for_products<0>();
+            settle(scores);
+            release(S::kKeysFree, count);
+            soften(scores, rows, corrections, work.position, work.highest);
+            to_operand<T>(scores, weights);
+            for (int tile = work.highest - 1; tile >= work.lowest; --tile, ++count) {
+                wait_for(S::kKeysThere, count + 1);
+                if (kVariant & kTakesTurns) sync_threads(1 + group, 256);
+                issue_scores(scores, i % kSlots, count + 1);
+                wait_for(S::kValuesThere, count);
+                issue_outputs(outputs, weights, count, tile + 1 < work.highest, half);
+                half = false;
+                if (kVariant & kTakesTurns) announce_to(2 - group, 256);
+                wait_for_products<1>();
+                settle(scores);
+                release(S::kKeysFree, count + 1);
+                soften(scores, rows, corrections, work.position, tile);
+                if (kVariant & kFinishes) finish(rows.sum[0] + rows.sum[1], shared.address);
+                wait_for_products<0>();
+                settle(outputs);
+                release(S::kValuesFree, count);
+                if (!(kVariant & kLazy) || __any_sync(kAllLanes, corrections[0] != 1.0f || corrections[1] != 1.0f))
+                    scale_rows(outputs, corrections);
+                to_operand<T>(scores, weights);
+            }
+            wait_for(S::kValuesThere, count);
+            issue_outputs(outputs, weights, count, work.highest > work.lowest, half);
+            wait_for_products<0>();
+            settle(outputs);
+            release(S::kValuesFree, count);
+            ++count;
+            store(outputs, work, rows, i % kSlots);
+        }
+    }
     __device__ __forceinline__ void run() const {
+        if constexpr ((kVariant & kOneByOne) != 0) return run_one_by_one();
         if (kVariant & kTakesTurns && group == 1) announce_to(1, 256);
         unsigned num_drawn = 1, count = 0;  // tiles of queries; tiles of keys whose values are through
         Work work = draw(0);
@@ -435,12 +540,14 @@ __device__ __forceinline__ void run(const Arguments& arguments) {
     const int role = threadIdx.x / 128;
     if (role == 0) {
         give_registers<40>();
-        if (threadIdx.x / 32 == 0) bring_keys_and_values<kDim>(arguments, shared);
-        if (threadIdx.x / 32 == 1) bring_queries<T, kDim>(arguments, shared);
+        const int warp = threadIdx.x / 32;
+        if (warp == 0) bring_keys_and_values<kDim>(arguments, shared);
+        if (warp == 1) draw_tiles<T, kDim>(arguments, shared);
+        if (warp >= 2) bring_queries<T, kDim>(arguments, shared, warp - 1);
         let_next_begin();
     } else {
         take_registers<232>();
-        Warpgroup<T, kDim, kVariant>(arguments, shared, role - 1).run();
+        Warpgroup<T, kDim, kVariant>(arguments, shared, uniform(role - 1)).run();
     }
 }
 
@@ -465,10 +572,16 @@ __device__ __forceinline__ void run(const Arguments& arguments) {
         int window, float softcap) {                                                                                  \
         RUN(T, DIM, VARIANT);                                                                                     \
     }
-KERNEL(bfloat16, bfloat16, 128, , 15)
-KERNEL(bfloat16, bfloat16, 64, , 15)
-KERNEL(float16, float16, 128, , 15)
-KERNEL(float16, float16, 64, , 15)
-KERNEL(bfloat16, bfloat16, 128, _full, 7)
-KERNEL(bfloat16, bfloat16, 128, _free, 14)
-KERNEL(bfloat16, bfloat16, 128, _strict, 11)
+KERNEL(bfloat16, bfloat16, 128, , 7)
+KERNEL(bfloat16, bfloat16, 64, , 7)
+KERNEL(float16, float16, 128, , 7)
+KERNEL(float16, float16, 64, , 7)
+KERNEL(bfloat16, bfloat16, 128, _half, 15)
+KERNEL(bfloat16, bfloat16, 128, _late, 5)
+KERNEL(bfloat16, bfloat16, 128, _late_strict, 1)
+KERNEL(bfloat16, bfloat16, 128, _late_half, 13)
+KERNEL(bfloat16, bfloat16, 128, _free, 6)
+KERNEL(bfloat16, bfloat16, 128, _one, 23)
+KERNEL(bfloat16, bfloat16, 128, _one_late, 21)
+KERNEL(bfloat16, bfloat16, 128, _one_late_strict, 17)
+KERNEL(bfloat16, bfloat16, 128, _one_late_half, 29)
