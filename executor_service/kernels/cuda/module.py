@@ -81,13 +81,21 @@ def kernel(
     status, function = driver.cuModuleGetFunction(_module(source, device), name.encode())
     if status.value:
         raise KernelLoadError(f"kernel {source} has no function {name}: {status.name}")
-    if shared_bytes > _SHARED_BYTES_WITHOUT_ASKING:
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (status,) = driver.cuFuncSetAttribute(function, attribute, shared_bytes)
-        if status.value:
-            raise KernelLoadError(f"kernel {name} cannot have {shared_bytes} bytes of shared memory: {status.name}")
+    _allow_shared_bytes(function, name, shared_bytes)
     is_dependent = is_dependent and torch.cuda.get_device_capability(device) >= (9, 0)
     return Kernel(function, types, _launch_config(shared_bytes, cluster, is_dependent))
+
+
+def _allow_shared_bytes(function: Any, name: str, shared_bytes: int) -> None:
+    """Raise the function's limit where need be; never lower it, since others may launch the same with more."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    status, allowed = driver.cuFuncGetAttribute(attribute, function)
+    if not status.value and shared_bytes > max(allowed, _SHARED_BYTES_WITHOUT_ASKING):
+        (status,) = driver.cuFuncSetAttribute(function, attribute, shared_bytes)
+    if status.value:
+        raise KernelLoadError(f"kernel {name} cannot have {shared_bytes} bytes of shared memory: {status.name}")
 
 
 def _launch_config(shared_bytes: int, cluster: int, is_dependent: bool) -> Any:
