@@ -10,4 +10,6 @@ import torch
 def device() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device: these tests need a GPU, its driver and torch's CUDA build")
+    # The references on the CPU are tiny: more threads would only wait for each other.
+    torch.set_num_threads(2)
     return torch.device("cuda")

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.gpu
 
 SHARE = 0.1
 MAX_MODEL_LEN, MAX_NUM_SEQS, BUDGET = 512, 16, 1024
+# A share of a GPU has room for millions of blocks of so small a model: fewer of larger ones, and no proof every step.
+BLOCKS = {"block_size": 64, "check_integrity": False}
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,8 @@ def clean() -> Iterator[None]:
 
 
 def boot_by_share(checkpoint: Path, share: float = SHARE, **config: object) -> BootedEngine:
-    settings = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": MAX_NUM_SEQS, "max_num_batched_tokens": BUDGET}
+    settings = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": MAX_NUM_SEQS, "max_num_batched_tokens": BUDGET,
+                **BLOCKS}  # fmt: skip
     return boot_on_gpu(
         checkpoint, kv_cache_memory=None, gpu_memory_utilization=share, dtype="bfloat16", **{**settings, **config}
     )

@@ -29,7 +29,9 @@ from tests.services import service_thread, stack
 
 pytestmark = pytest.mark.gpu
 
-ON_GPU: dict[str, Any] = {"device": "cuda", "dtype": "float32", "gpu_memory_utilization": 0.2, "max_num_seqs": 32}
+ON_GPU: dict[str, Any] = {
+    "device": "cuda", "dtype": "float32", "gpu_memory_utilization": 0.2, "max_num_seqs": 32, "block_size": 64,
+}  # fmt: skip
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -42,7 +44,7 @@ def planner(checkpoint: Path) -> Planner:
 @pytest.mark.parametrize(("dtype", "decoder"), [("float32", "fused"), ("float32", "stock"), ("bfloat16", "fused")])
 def test_the_demo_model_sees_what_its_card_says(dtype: str, decoder: str) -> None:
     """Two hundred held-out questions through both services; in bfloat16 a few answers may be others."""
-    executor = {**ON_GPU, "dtype": dtype, "decoder": decoder, "check_integrity": True}
+    executor = {**ON_GPU, "dtype": dtype, "decoder": decoder, "block_size": 16, "kv_cache_memory": "256MiB"}
     with stack(DEMO_MODEL, executor=executor) as services:
         with Client(services.preprocess_address) as client, ThreadPoolExecutor(AT_ONCE) as pool:
             said = list(pool.map(lambda question: ask(client, question), QUESTIONS))
@@ -85,7 +87,7 @@ def ask_all(channel: grpc.Channel, planned: list[Any]) -> list[list[int]]:
 def failing_executor(checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """The process, its address, and its log lines, which a thread collects."""
     flags = ["--model", str(checkpoint), "--port", "0", "--device", "cuda", "--gpu-memory-utilization", "0.2",
-             "--limit-mm-per-prompt", "image=4", "--max-num-seqs", "16"]  # fmt: skip
+             "--limit-mm-per-prompt", "image=4", "--max-num-seqs", "16", "--kv-cache-memory", "64MiB"]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.executor_service.gpu.failing_executor", *flags],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
