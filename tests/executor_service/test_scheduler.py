@@ -49,18 +49,29 @@ def extend_dependencies(found: list[bytes], request: Request, end: int) -> None:
     """What the key and value of each of the first `end` tokens depend on; `found` are those known already."""
     for index in range(len(found), end):
         hasher = hashlib.sha256(found[-1] if found else b"")
-        hasher.update(int(request.token_ids[index]).to_bytes(8, "little"))
+        token_id = int(request.token_ids[index]) if index < request.num_tokens else next_token(request)
+        hasher.update(token_id.to_bytes(8, "little"))
         for item in request.items_between(index, index + 1):
             hasher.update(item.content_digest or f"private to {request.request_id}".encode())
             hasher.update(bytes([index - item.placeholder.offset]))
         found.append(hasher.digest())
 
 
-class SchedulerMachine(RuleBasedStateMachine):
-    """Steps without a model: what is scheduled is checked, and then counts as computed."""
+def next_token(request: Request) -> int:
+    """What the model answers: always the same to one request."""
+    return 3 + request.request_id % 2
 
-    @initialize(capacity=st.integers(14, 40), shares=st.booleans())
-    def boot(self, capacity: int, shares: bool) -> None:
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Steps without a model: what is scheduled is checked, and then counts as computed.
+
+    Where it runs ahead, a step's tokens are known after the next has been scheduled, as in the engine.
+    """
+
+    @initialize(capacity=st.integers(14, 40), shares=st.booleans(), runs_ahead=st.booleans())
+    def boot(self, capacity: int, shares: bool, runs_ahead: bool) -> None:
+        self.runs_ahead = runs_ahead
+        self.in_flight: list[Request] = []
         blocks = BlockManager(NUM_BLOCKS, BLOCK_SIZE, shares)
         self.scheduler = Scheduler(blocks, EncoderCache(capacity), MAX_SEQS, MAX_TOKENS, MAX_FEATURES)
         self.live: dict[int, Request] = {}
@@ -93,12 +104,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(num_steps):
             batch = self.scheduler.schedule()
             if self.live:
-                assert batch.requests, "work but nothing scheduled"
+                assert batch.requests or self.in_flight, "work but nothing scheduled"
             self.check_budgets(batch)
             for scheduled in batch.requests:
                 self.encode(scheduled)
+            sampled = [scheduled.request for scheduled in batch.requests if scheduled.needs_token]
             for scheduled in batch.requests:
                 self.compute(scheduled)
+            for request in sampled:
+                assert not request.awaits_tokens
+                request.num_inflight_tokens += 1
+            if self.runs_ahead:
+                sampled, self.in_flight = self.in_flight, sampled
+            for request in sampled:
+                self.resolve(request)
 
     def check_budgets(self, batch: ScheduledBatch) -> None:
         assert batch.num_tokens <= MAX_TOKENS
@@ -114,7 +133,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             item.features = item.content_digest
 
     def compute(self, scheduled: ScheduledRequest) -> None:
-        """Read what the request stands on, write what it computes, and append a token."""
+        """Read what the request stands on, and write what it computes."""
         request, start = scheduled.request, scheduled.request.num_computed_tokens
         end = start + scheduled.num_tokens
         for item in request.items_between(start, end):
@@ -126,13 +145,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert [self.slots[place] for place in places[:start]] == expected[:start]
         for place, value in zip(places[start:], expected[start:end], strict=True):
             self.slots[place] = value
-        needs_token = scheduled.needs_token
         self.scheduler.advance(request, scheduled.num_tokens)
-        if needs_token:
-            request.append(3 + request.request_id % 2, frozenset())
+
+    def resolve(self, request: Request) -> None:
+        """The request's token is known, unless it was cancelled; every seventh ends its answer early."""
+        if self.live.get(request.request_id) is not request or request.is_finished:
+            return
+        ends = frozenset({next_token(request)}) if request.request_id % 7 == 6 else frozenset()
+        request.append(next_token(request), ends)
         if request.is_finished:
             self.scheduler.remove(request)
             del self.live[request.request_id]
+        else:
+            self.scheduler.blocks.register(request)
 
     @invariant()
     def whole(self) -> None:
