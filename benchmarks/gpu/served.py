@@ -16,6 +16,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -146,14 +147,15 @@ def running(model: Path, geometry: str, options: argparse.Namespace) -> Iterator
     with contextlib.ExitStack() as stack:
         executor = stack.enter_context(started(EXECUTOR, *flags))
         pids = {"front": executor.pid, "engine": child_of(executor.pid)}
-        addresses = []
-        for number in range(max(options.preprocess, 1)):
-            service = stack.enter_context(
-                started(PREPROCESS, "--model", str(model), "--executor", executor.address,
-                        "--max-pending-requests", "1024")
-            )  # fmt: skip
-            addresses.append(service.address)
-            pids[f"preprocess {number}"] = service.pid
+        count = max(options.preprocess, 1)
+        starts = [
+            started(PREPROCESS, "--model", str(model), "--executor", executor.address, "--max-pending-requests", "1024")
+            for _ in range(count)
+        ]
+        with ThreadPoolExecutor(count) as pool:
+            services = list(pool.map(stack.enter_context, starts))
+        pids |= {f"preprocess {number}": service.pid for number, service in enumerate(services)}
+        addresses = [service.address for service in services]
         yield executor.address, addresses, pids
 
 

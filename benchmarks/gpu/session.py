@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE_SECONDS = 10.0
+FREE_BYTES = 2 << 30
+"""In use on a GPU that nobody uses, at the most."""
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -78,6 +80,7 @@ def run(
             code = None
         finally:
             _end(process)
+            _wait_until_freed()
     if code is None:
         return {"error": f"not done after {limit:g} s"}
     return {"error": f"exit code {code} after {time.perf_counter() - began:.0f} s"} if code else {}
@@ -92,6 +95,23 @@ def _end(process: subprocess.Popen[bytes]) -> None:
                 process.wait(PATIENCE_SECONDS)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def used_bytes() -> int:
+    """Of the first GPU's memory, by all processes; 0 without one. Asks the driver without a context of its own."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+        return int(done.stdout.split()[0]) * (1 << 20)
+    except (OSError, IndexError, ValueError, subprocess.TimeoutExpired):
+        return 0
+
+
+def _wait_until_freed() -> None:
+    """What a process had of the GPU comes back some time after its end; the next one measures what is free."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while used_bytes() > FREE_BYTES and time.monotonic() < until:
+        time.sleep(0.2)
 
 
 def exit_when_told() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -10,7 +9,7 @@ from typing import Any, Final
 import torch
 
 from benchmarks.gpu.load import SIDES
-from benchmarks.gpu.session import Sheet
+from benchmarks.gpu.session import Sheet, used_bytes
 from benchmarks.gpu.workload import Driver
 from executor_service.engine.messages import MemoryLedger
 from registry import MediaInfo
@@ -64,16 +63,6 @@ def torch_bytes() -> dict[str, int]:
         "num_retries": torch.cuda.memory_stats().get("num_alloc_retries", 0),
         "num_failures": torch.cuda.memory_stats().get("num_ooms", 0),
     }  # fmt: skip
-
-
-def used_bytes() -> int:
-    """Of the first GPU's memory, by all processes; 0 without one. Asks the driver without a context of its own."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-        return int(done.stdout.split()[0]) * (1 << 20)
-    except (OSError, IndexError, ValueError, subprocess.TimeoutExpired):
-        return 0
 
 
 def _watched(step: Any, peak: list[int]) -> Any:
