@@ -44,7 +44,10 @@ class TokenConstraints:
 
 
 class BadWords:
-    """Token sequences that may not appear, by the length of what comes before their last token."""
+    """Token sequences that may not appear, by the length of what comes before their last token.
+
+    `have_prefixes`: whether any has more than one token.
+    """
 
     def __init__(self, sequences: Iterable[Sequence[int]]) -> None:
         by_length: dict[int, list[Sequence[int]]] = defaultdict(list)
@@ -54,11 +57,8 @@ class BadWords:
             (length, np.array([sequence[:-1] for sequence in group], dtype=np.int64), _last(group))
             for length, group in by_length.items()
         ]
-
-    @property
-    def have_prefixes(self) -> bool:
-        """Whether any has more than one token; the others may never appear, whatever comes before."""
-        return any(length for length, _, _ in self._groups)
+        # The others may never appear, whatever comes before.
+        self.have_prefixes = any(by_length)
 
     def completing(self, token_ids: np.ndarray) -> list[np.ndarray]:
         """Ids that, put behind `token_ids`, would complete a sequence: some int64 [n]."""

@@ -6,7 +6,6 @@ but for what depends on output values (bad words).
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -25,14 +24,17 @@ MAX_BAD_WORDS: Final = 256
 MAX_STOP_TOKEN_IDS: Final = 64
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Slot:
+    """`changes`: something in its row has to follow the request from step to step."""
+
     index: int
     request: Request
+    changes: bool
 
 
 class SamplingSlots:
-    """Tables with `num_slots` rows, on the device; the least recently used slot goes first."""
+    """Tables with `num_slots` rows, on the device. Where all are taken, a request that is not in the step loses its."""
 
     def __init__(
         self, device: torch.device, num_slots: int, vocab_size: int, eos_token_ids: frozenset[int] = frozenset()
@@ -49,7 +51,7 @@ class SamplingSlots:
             prompt_seen=self.counts.prompt_seen,
             output_counts=self.counts.output_counts,
         )
-        self._slots: OrderedDict[int, _Slot] = OrderedDict()
+        self._slots: dict[int, _Slot] = {}
         self._free = list(range(num_slots - 1, -1, -1))
 
     def __len__(self) -> int:
@@ -57,29 +59,38 @@ class SamplingSlots:
 
     def prepare(self, requests: Sequence[Request]) -> list[int]:
         """Each request's slot; afterwards its row says what its next token depends on."""
-        for request in requests:
-            if request.request_id in self._slots:
-                self._slots.move_to_end(request.request_id)  # so that none of them makes room for another
-        return [self._prepare(request) for request in requests]
+        get = self._slots.get
+        slots = [get(request.request_id) for request in requests]
+        for row, (slot, request) in enumerate(zip(slots, requests, strict=True)):
+            if slot is None or slot.request is not request:
+                slots[row] = self._begin(request, requests)
+            elif slot.changes:
+                self._follow(slot)
+        return [slot.index for slot in slots if slot is not None]
 
     def release(self, request_id: int) -> None:
         """Forget a request; nothing happens if it has no slot."""
         if (slot := self._slots.pop(request_id, None)) is not None:
             self._free.append(slot.index)
 
-    def _prepare(self, request: Request) -> int:
-        slot = self._slots.get(request.request_id)
-        if slot is None or slot.request is not request:
-            self.release(request.request_id)
-            if not self._free:
-                self.release(next(iter(self._slots)))
-            slot = self._slots[request.request_id] = _Slot(self._free.pop(), request)
-            self._write(slot.index, request)
-        elif request.needs_output_on_host:
-            self._write_bans(slot.index, request)
+    def _begin(self, request: Request, step: Sequence[Request]) -> _Slot:
+        """A slot for a request that has none, among those of one step."""
+        self.release(request.request_id)
+        if not self._free:
+            staying = {other.request_id for other in step}
+            self.release(next(number for number in self._slots if number not in staying))
+        changes = request.needs_output_on_host or request.sampling.has_penalties
+        slot = self._slots[request.request_id] = _Slot(self._free.pop(), request, changes)
+        self._write(slot.index, request)
         if request.sampling.has_penalties:
             self.counts.follow(slot.index, request)
-        return slot.index
+        return slot
+
+    def _follow(self, slot: _Slot) -> None:
+        if slot.request.needs_output_on_host:
+            self._write_bans(slot.index, slot.request)
+        if slot.request.sampling.has_penalties:
+            self.counts.follow(slot.index, slot.request)
 
     def _write(self, index: int, request: Request) -> None:
         sampling, constraints = request.sampling, request.constraints
