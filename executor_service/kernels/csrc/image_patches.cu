@@ -43,6 +43,42 @@ __device__ __forceinline__ unsigned two_levels(const unsigned char* from) {
     return *reinterpret_cast<const unsigned short*>(from);
 }
 
+// This thread's packs of the rows of one row of patches, from the levels in shared memory: every value computed.
+template <typename T>
+__device__ __forceinline__ void store_computed(
+    const unsigned char* levels, const Pairs<kWide<T> / 2>& pairs, const Line (&lines)[kWide<T> / 2], T* to,
+    unsigned first, unsigned step, const Shape& shape) {
+    for (unsigned i = first; i < shape.width / shape.patch; i += step) {
+        Floats<kWide<T>> elements;
+#pragma unroll
+        for (int k = 0; k < kWide<T> / 2; ++k) {
+            const unsigned two = two_levels(levels + pairs.offsets[k] + i * shape.patch);
+            elements.elements[2 * k] = on(lines[k], first_level(two));
+            elements.elements[2 * k + 1] = on(lines[k], second_level(two));
+        }
+        store<T, kWide<T>>(to + static_cast<long long>(i) * shape.columns, pack_of<T>(elements));
+    }
+}
+
+// The same with every value looked up in `values`, which has kLevels for each channel.
+template <typename T>
+__device__ __forceinline__ void store_looked_up(
+    const unsigned char* levels, const Pairs<kWide<T> / 2>& pairs, const T* values, T* to, unsigned first,
+    unsigned step, const Shape& shape) {
+    for (unsigned i = first; i < shape.width / shape.patch; i += step) {
+        Pack<T, kWide<T>> pack;
+#pragma unroll
+        for (int k = 0; k < kWide<T> / 2; ++k) {
+            pack.elements[2 * k] = pack.elements[2 * k + 1] = from_float<T>(0.0f);
+            if (pairs.channels[k] < 0) continue;
+            const unsigned two = two_levels(levels + pairs.offsets[k] + i * shape.patch);
+            pack.elements[2 * k] = values[pairs.channels[k] * kLevels + (two & 0xff)];
+            pack.elements[2 * k + 1] = values[pairs.channels[k] * kLevels + (two >> 8)];
+        }
+        store<T, kWide<T>>(to + static_cast<long long>(i) * shape.columns, pack);
+    }
+}
+
 // blockIdx.x is one row of patches of one tile: `patch` rows of each channel, which lie together in memory, become
 // width / patch rows of the result, which do so too. In between the levels stand in shared memory, `pitch` bytes from
 // row to row. Thread t has pack t % packs of a row of the result, and every (blockDim.x / packs)-th row.
@@ -50,7 +86,7 @@ template <typename T>
 __device__ __forceinline__ void image_patches_wide(
     const uint4* __restrict__ tiles, const float* __restrict__ table, T* __restrict__ out, const Shape& shape) {
     extern __shared__ uint4 shared[];
-    constexpr int kCount = 16 / sizeof(T), kPairs = kCount / 2;
+    constexpr int kPairs = kWide<T> / 2;
     T* values = reinterpret_cast<T*>(shared);
     unsigned char* levels = reinterpret_cast<unsigned char*>(values + shape.num_channels * kLevels);
     let_next_begin();
@@ -69,42 +105,21 @@ __device__ __forceinline__ void image_patches_wide(
             from + channel * plane_packs + i - channel * channel_packs);
     }
     const bool is_line = store_table(table, values, shape.num_channels);
-    const unsigned packs = shape.columns / kCount, patches = shape.width / shape.patch;
-    const unsigned at = threadIdx.x % packs * kCount;
+    const unsigned packs = shape.columns / kWide<T>, first = threadIdx.x / packs, step = blockDim.x / packs;
+    const unsigned at = (threadIdx.x - first * packs) * kWide<T>;
     const Pairs<kPairs> pairs = pairs_at<kPairs>(at, shape);
-    T* to = out + static_cast<long long>(blockIdx.x) * patches * shape.columns + at;
     Line lines[kPairs];
 #pragma unroll
     for (int k = 0; k < kPairs; ++k) {
         lines[k] = {0.0f, 0.0f};
         if (pairs.channels[k] >= 0) lines[k] = line_of(table + pairs.channels[k] * kLevels);
     }
+    T* to = out + static_cast<long long>(blockIdx.x) * (shape.width / shape.patch) * shape.columns + at;
     wait_for_copies();
     if (__syncthreads_and(is_line)) {
-        for (unsigned i = threadIdx.x / packs; i < patches; i += blockDim.x / packs) {
-            Floats<kCount> elements;
-#pragma unroll
-            for (int k = 0; k < kPairs; ++k) {
-                const unsigned two = two_levels(levels + pairs.offsets[k] + i * shape.patch);
-                elements.elements[2 * k] = on(lines[k], first_level(two));
-                elements.elements[2 * k + 1] = on(lines[k], second_level(two));
-            }
-            store<T, kCount>(to + static_cast<long long>(i) * shape.columns, pack_of<T>(elements));
-        }
+        store_computed<T>(levels, pairs, lines, to, first, step, shape);
     } else {
-        for (unsigned i = threadIdx.x / packs; i < patches; i += blockDim.x / packs) {
-            Pack<T, kCount> pack;
-#pragma unroll
-            for (int k = 0; k < kPairs; ++k) {
-                pack.elements[2 * k] = pack.elements[2 * k + 1] = from_float<T>(0.0f);
-                if (pairs.channels[k] < 0) continue;
-                const T* row = values + pairs.channels[k] * kLevels;
-                const unsigned two = two_levels(levels + pairs.offsets[k] + i * shape.patch);
-                pack.elements[2 * k] = row[two & 0xff];
-                pack.elements[2 * k + 1] = row[two >> 8];
-            }
-            store<T, kCount>(to + static_cast<long long>(i) * shape.columns, pack);
-        }
+        store_looked_up<T>(levels, pairs, values, to, first, step, shape);
     }
 }
 
