@@ -191,13 +191,13 @@ class Pipeline:
         with stage("execute", is_remote=True):
             answer = Answer(self._checkpoint.tokenizer, call.stop, plan, call.sampling.min_tokens)
             sender = ItemSender(plan, self._media, executor, answer.add_times)
-            try:
-                sender.begin()
-                with executor.request(make_start(call, plan, self._checkpoint.fingerprint.digest)) as remote:
+            with executor.request(make_start(call, plan, self._checkpoint.fingerprint.digest)) as remote:
+                try:
+                    sender.begin()
                     async for piece in self._answer(call, answer, sender, remote):
                         yield piece
-            finally:
-                sender.cancel()
+                finally:
+                    sender.cancel()
 
     async def _answer(
         self, call: GenerateCall, answer: Answer, sender: ItemSender, remote: RemoteRequest
