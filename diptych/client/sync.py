@@ -10,7 +10,7 @@ from typing import Any, Self, Unpack
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from diptych.client.channel import CHANNEL_OPTIONS
+from diptych.client.channel import SYNC_CHANNEL_OPTIONS
 from diptych.client.errors import from_rpc_error
 from diptych.client.inputs import Chat, GenerateOptions, Prompt, generate_request, plan_request, process_request
 from diptych.client.results import (
@@ -34,7 +34,7 @@ class Client:
     """Talks to one address; `timeout` in seconds is the default deadline of every call. Errors are RequestError."""
 
     def __init__(self, address: str, timeout: float | None = None) -> None:
-        self._channel: Any = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel: Any = grpc.insecure_channel(address, options=SYNC_CHANNEL_OPTIONS)
         self._stub: Any = PreprocessServiceStub(self._channel)
         self._executor: Any = ExecutorServiceStub(self._channel)
         self._timeout = timeout
