@@ -11,7 +11,6 @@ import argparse
 import gc
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.gpu.load import SIDES, max_model_len
 from benchmarks.gpu.models import ensure_checkpoint
-from benchmarks.gpu.session import Sheet, run_module
+from benchmarks.gpu.session import Sheet, exit_when_told, run_module, sheets
 from benchmarks.gpu.workload import Driver
 from benchmarks.results import make_parser, write_result
 from executor_service.engine.request import Request
@@ -42,17 +41,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--decoders", type=lambda text: tuple(text.split(",")), default=("fused", "stock"))
     parser.add_argument("--sheet", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    exit_when_told()
     if options.sheet:
         return measure(Sheet(options.sheet), options)
     load_before = os.getloadavg()[0]
     figures = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with sheets(options.output) as folder:
         for geometry in options.geometries:
             flags = [
                 "--geometries", geometry, "--requests", str(options.requests), "--tokens", str(options.tokens),
                 "--device", options.device, "--decoders", ",".join(options.decoders),
             ]  # fmt: skip
-            sheet = Path(folder) / f"{geometry}.json"
+            sheet = folder / f"{geometry}.json"
             figures[geometry] = run_module("benchmarks.gpu.accuracy", *flags, sheet=sheet, limit=LIMIT)
             write_result("gpu_accuracy", figures, options, load_before)
     return 0

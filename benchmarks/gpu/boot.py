@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from benchmarks.gpu.load import max_model_len
 from benchmarks.gpu.served import make_checkpoint
-from benchmarks.gpu.session import ROOT
+from benchmarks.gpu.session import ROOT, exit_when_told
 from benchmarks.results import make_parser, write_result
 
 GEOMETRIES: Final = ("llava-1.5-7b", "llava-next-mistral-7b")
@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="cold and warm boots each, in turn (default 3)")
     parser.add_argument("--device", default="cuda", help="cpu to try it out with a tiny geometry")
     options = parser.parse_args(argv)
+    exit_when_told()
     if options.quick:
         options.repeats = 1
     load_before = os.getloadavg()[0]

@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.gpu.load import BATCHES, MAX_NUM_SEQS, max_model_len
+from benchmarks.gpu.session import Sheet, exit_when_told, run_module, sheets
 from benchmarks.results import make_parser, write_result
 
 PARTS: Final = ("first_token", "decode", "prefill", "steady", "mixed", "worst")
@@ -28,16 +28,17 @@ LIMITS: Final = {"rates": 120, "main": 300, "worst": 120}
 def main(argv: list[str] | None = None) -> int:
     """Measure all that is asked for, each process with its own time limit; or, with `--sheet`, be one of them."""
     options = parse(argv)
+    exit_when_told()
     if options.sheet:
         return measure_one(options)
     load_before = os.getloadavg()[0]
     figures: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with sheets(options.output) as folder:
         for geometry in options.geometries:
             figures[geometry] = {}
             for process in ("rates", "main", "worst"):
                 if process != "worst" or "worst" in options.parts:
-                    figures[geometry][process] = start(process, geometry, Path(folder), options, figures[geometry])
+                    figures[geometry][process] = start(process, geometry, folder, options, figures[geometry])
                 write_result("gpu_engine", figures, options, load_before)
     return 0
 
@@ -70,8 +71,6 @@ def start(
     """Run one process and return its figures; those of the rates' process travel to the others."""
     import json
 
-    from benchmarks.gpu.session import run_module
-
     rates = folder / "rates.json"
     if "rates" in before:
         rates.write_text(json.dumps(before["rates"].get("rates", {})), "utf-8")
@@ -89,7 +88,6 @@ def start(
 def measure_one(options: argparse.Namespace) -> int:
     """One process's figures, onto its sheet."""
     from benchmarks.gpu.models import ensure_checkpoint
-    from benchmarks.gpu.session import Sheet
 
     sheet = Sheet(options.sheet)
     (geometry,) = options.geometries

@@ -155,9 +155,13 @@ class EngineParts:
         profile = figures["profiled"] or {}
         print(
             f"steady {batch}: step {figures['step_ms']:.2f} ms, host {figures['host_ms']:.2f} ms, device busy "
-            f"{profile.get('busy_ms', float('nan')):.2f} ms, idle {profile.get('idle_share', float('nan')):.1%}",
+            f"{profile.get('busy_ms', float('nan')):.2f} ms when profiled, idle {profile.get('idle_share', 0.0):.1%}; "
+            f"its graph alone {figures.get('graph_alone_ms', float('nan')):.2f} ms, so idle at most "
+            f"{figures.get('idle_share_at_most', float('nan')):.1%}",
             flush=True,
         )
+        for name, kernel in profile.get("kernels", {}).items():
+            print(f"    {1000 * kernel['ms']:8.0f} µs in {kernel['launches']:5.1f} launches  {name[:80]}", flush=True)
         return figures
 
     def _mixed(self) -> dict[str, Any]:

@@ -12,12 +12,11 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.gpu.load import BATCHES
-from benchmarks.gpu.session import ROOT, run
+from benchmarks.gpu.session import ROOT, exit_when_told, run, sheets
 from benchmarks.results import make_parser, write_result
 
 GEOMETRIES: Final = ("llava-1.5-7b",)
@@ -33,16 +32,17 @@ RATIOS: Final = {"decode": 1.1, "tokens": 1.1, "prefill": 1.0, "first_token": 1.
 def main(argv: list[str] | None = None) -> int:
     """Run what is asked for and write it all into one result, after every part."""
     options = parse(argv)
+    exit_when_told()
     load_before = os.getloadavg()[0]
     figures: dict[str, Any] = {geometry: {} for geometry in options.geometries}
     if "ours" in options.parts:
         options.ours = run_ours(options)
-    with tempfile.TemporaryDirectory() as folder:
+    with sheets(options.output) as folder:
         figures["install"] = install() if set(options.parts) & {"vllm", "attention"} else {}
         for geometry in options.geometries:
             figures[geometry]["ours"] = read_ours(options.ours, geometry)
             if "vllm" in options.parts:
-                figures[geometry]["vllm"] = run_vllm(geometry, Path(folder), options)
+                figures[geometry]["vllm"] = run_vllm(geometry, folder, options)
             figures[geometry]["compared"] = compare(figures[geometry])
             write_result("gpu_peers", figures, options, load_before)
     for name in ATTENTION if "attention" in options.parts else ():

@@ -13,7 +13,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.gpu.load import SIDES, TEXT_TOKENS, max_model_len
-from benchmarks.gpu.session import Sheet, exit_when_told, run_module
+from benchmarks.gpu.session import Sheet, exit_when_told, run_module, sheets
 from benchmarks.processes import EXECUTOR, PREPROCESS, child_of, processor_seconds, started
 from benchmarks.results import make_parser, write_result
 
@@ -45,13 +44,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     load_before = os.getloadavg()[0]
     figures: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with sheets(options.output) as folder:
         for geometry in options.geometries:
             make_checkpoint(geometry)
             figures[geometry] = {}
             for process in ("engine", "services"):
                 print(f"\n=== {geometry}: {process}", flush=True)
-                figures[geometry][process] = start(process, geometry, Path(folder), options)
+                figures[geometry][process] = start(process, geometry, folder, options)
                 figures[geometry]["ratios"] = ratios(figures[geometry])
                 write_result("gpu_served", figures, options, load_before)
     return 0

@@ -6,21 +6,33 @@ A part writes what it has to a JSON file after every figure, so that what it had
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 PATIENCE_SECONDS = 10.0
 FREE_BYTES = 2 << 30
 """In use on a GPU that nobody uses, at the most."""
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
 ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@contextlib.contextmanager
+def sheets(output: Path) -> Iterator[Path]:
+    """A folder for sheets beside the results: what was measured by then is there even if everything is killed."""
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="sheets-", dir=output) as folder:
+        yield Path(folder)
 
 
 class Sheet:
@@ -72,7 +84,7 @@ def run(
         output = stack.enter_context(log.open("w")) if log else None
         process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **(environment or {})}, start_new_session=True, stdout=output,
-            stderr=subprocess.STDOUT if output else None,
+            stderr=subprocess.STDOUT if output else None, preexec_fn=_end_with_parent,  # noqa: PLW1509 - no threads here
         )  # fmt: skip
         try:
             code: int | None = process.wait(limit)
@@ -112,6 +124,11 @@ def _wait_until_freed() -> None:
     until = time.monotonic() + PATIENCE_SECONDS
     while used_bytes() > FREE_BYTES and time.monotonic() < until:
         time.sleep(0.2)
+
+
+def _end_with_parent() -> None:
+    """In a new process: be told to end when the one that has started it is gone, whatever ended that."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def exit_when_told() -> None:

@@ -20,7 +20,9 @@ def steady_decode(driver: Driver, batch: int, side: int) -> dict[str, Any]:
     """Two windows of steps in which `batch` requests decode and nothing else happens.
 
     The first is timed as it is; waiting for the device is what the host spends in `synchronize`. The second is
-    profiled: the device is idle where no kernel runs, between the window's first and last.
+    profiled, which makes kernels slower: its idle share is where no kernel runs, between the window's first and last.
+    Then the step's graph is replayed with nothing else to do: what a step takes beyond that is copies, the sampler and
+    idleness, so it bounds the idle share without a profiler.
     """
     requests = driver.requests(batch, side, seed=7)
     steps = driver.decoding(requests)
@@ -38,8 +40,26 @@ def steady_decode(driver: Driver, batch: int, side: int) -> dict[str, Any]:
         "waiting_ms": 1000 * waiting.seconds / STEPS,
         "profiled": profiled(steps) if driver.is_cuda else None,
     }
+    if alone := graph_alone(driver, batch):
+        figures |= {"graph_alone_ms": 1000 * alone, "idle_share_at_most": 1 - alone / (seconds / STEPS)}
     driver.abandon(requests)
     return figures
+
+
+def graph_alone(driver: Driver, batch: int) -> float | None:
+    """Seconds of one replay of the batch's decode graph among many, its inputs those of the last step."""
+    graphs = driver.engine.runner.graphs if driver.is_cuda else None
+    size = graphs.size_for(batch) if graphs is not None else None
+    if graphs is None or size is None:
+        return None
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graphs.replay(size)
+    begin.record()
+    for _ in range(STEPS):
+        graphs.replay(size)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000 / STEPS
 
 
 class Waiting:

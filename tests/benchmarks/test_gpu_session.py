@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -66,3 +67,22 @@ def test_what_the_split_costs() -> None:
         "services": {f"{ONE}, 64": {"tokens_per_second": 960.0}, f"{ONE}, 256": {"tokens_per_second": 1.0}},
     }
     assert ratios(figures)["lost"] == {f"{ONE}, 64": pytest.approx(0.04)}
+
+
+def test_a_part_ends_with_whoever_started_it(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from benchmarks.gpu.session import run\n"
+        "run([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(100)'], 90)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=session.ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = Path("/proc") / process.stdout.readline().strip()
+    assert child.exists()
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    until = time.monotonic() + 10
+    while child.exists() and "State:\tZ" not in (child / "status").read_text("utf-8") and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not child.exists() or "State:\tZ" in (child / "status").read_text("utf-8")
