@@ -37,6 +37,8 @@ def profile_run(
     Then, if there are to be graphs, the largest of them.
     """
     prompt, items = _dummy_items(family, runner)
+    if num_graphs and items:
+        runner.encoder.capture(items[0])
     memory.begin()
     runner.encoder.encode(_largest_encoder_batch(items, runner.limits.max_num_encoder_tokens))
     vision = memory.peak_bytes()

@@ -82,11 +82,23 @@ class PatchProduct(nn.Module):
         self._rows = image_patches(tiles, table, self.patch, self.matrix.shape[1], self.matrix.dtype)
         return self._nothing.expand(tiles.shape)
 
+    def holds(self, pixel_values: Tensor) -> bool:
+        """Whether these are a stand-in for patches."""
+        return pixel_values.data_ptr() == self._nothing.data_ptr()
+
+    def take_rows(self) -> Tensor:
+        """The patches of the last stand-in, which are then nobody's."""
+        rows, self._rows = self._rows, self.matrix
+        return rows
+
+    def give_rows(self, rows: Tensor) -> None:
+        """Patches for the next run of the tower over a stand-in."""
+        self._rows = rows
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, out, H // patch, W // patch]."""
-        if pixel_values.data_ptr() != self._nothing.data_ptr():
+        if not self.holds(pixel_values):
             return F.conv2d(pixel_values, self.weight, self.bias, stride=self.patch)
         num_tiles, _, height, width = pixel_values.shape
-        product = F.linear(self._rows, self.matrix, self.bias)
-        self._rows = self.matrix
+        product = F.linear(self.take_rows(), self.matrix, self.bias)
         return product.view(num_tiles, height // self.patch, width // self.patch, -1).permute(0, 3, 1, 2)

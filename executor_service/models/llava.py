@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from executor_service.layers.patches import Levels, PatchProduct, takes_levels
+from executor_service.layers.tower_graphs import TowerGraphs
 from executor_service.models.stock import StockModel
 
 
@@ -18,6 +19,7 @@ class LlavaModel(StockModel):
 
     hf_class = LlavaForConditionalGeneration
     patch_product: PatchProduct | None = None
+    tower_graphs: TowerGraphs | None = None
 
     @takes_levels
     def embed_multimodal(self, pixel_values: Sequence[Tensor | Levels]) -> list[Tensor]:
@@ -35,8 +37,10 @@ class LlavaModel(StockModel):
 
     def fuse_decoder(self) -> bool:
         """Also replaces the tower's convolution by a product; whether the decoder has a twin is what it returns."""
+        product = PatchProduct.install(self.hf.model.vision_tower)
         # Not as a module of this one: it is the tower's already.
-        self.__dict__["patch_product"] = PatchProduct.install(self.hf.model.vision_tower)
+        self.__dict__["patch_product"] = product
+        self.tower_graphs = None if product is None else TowerGraphs(self.hf.model.vision_tower, product)
         return super().fuse_decoder()
 
     def rename_weight(self, name: str) -> str | None:
