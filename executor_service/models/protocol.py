@@ -20,10 +20,10 @@ class ExecutorModel(Protocol):
     """The model protocol. A model is an `nn.Module` made by `cls(ctx)` on the meta device.
 
     Optional: `rename_weight(name) -> name | None` for checkpoint names, `initialize_buffers()` for buffers that no
-    checkpoint holds, `tie_weights()`, `fuse_decoder() -> bool` to run faster than its stock modules from then on (False:
-    it cannot), `tower_graphs` whose `capturing` block captures runs of a few tiles, and `positions(prompt_token_ids,
-    items) -> (positions, decode_delta)` where positions are not simply counted: int64 [n] or [axes, n], and what is
-    added to the number of an output token.
+    checkpoint holds, `tie_weights()`, `fuse_decoder() -> bool` to run faster than its stock modules from then on
+    (False: it cannot), `tower_graphs` whose `capturing` block captures runs of a few tiles, and
+    `positions(prompt_token_ids, items) -> (positions, decode_delta)` where positions are not simply counted: int64 [n]
+    or [axes, n], and what is added to the number of an output token.
     """
 
     def get_input_embeddings(self) -> nn.Module:
