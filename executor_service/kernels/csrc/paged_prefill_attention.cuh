@@ -102,12 +102,13 @@ __device__ __forceinline__ float sum_of_four_lanes(float value) {
     return value + __shfl_xor_sync(kAllLanes, value, 2);
 }
 
-// Scores become exponentials; `corrections` are what earlier sums and outputs of both rows are worth now. They are 1 as
-// long as no score exceeds the largest of earlier tiles by more than kSlack binary orders: nothing overflows by so little.
+// What a tile's scores make of the largest ones so far: `shift` is to be subtracted from exponents, `corrections` are what
+// earlier sums and outputs are worth then. They are 1 as long as no score exceeds the largest of earlier tiles by more
+// than kSlack binary orders: nothing overflows by so little.
 template <int kSlack, int kCount>
-__device__ __forceinline__ void exponentiate(
-    float (&scores)[kCount], Rows& rows, float factor, float (&corrections)[2]) {
-    float largest[2][2], sums[2][2] = {}, shift[2];  // two of each row, so that not every step waits for the one before
+__device__ __forceinline__ void find_largest(
+    const float (&scores)[kCount], Rows& rows, float factor, float (&shift)[2], float (&corrections)[2]) {
+    float largest[2][2];  // two of each row, so that not every step waits for the one before
 #pragma unroll
     for (int i = 0; i < 4; ++i) largest[i % 2][i / 2] = fmaxf(scores[2 * i], scores[2 * i + 1]);
 #pragma unroll
@@ -124,6 +125,13 @@ __device__ __forceinline__ void exponentiate(
         corrections[row] = exp2_of(rows.maximum[row] * factor - shift[row]);
         rows.maximum[row] = most;
     }
+}
+
+// Scores become exponentials, which are added to their rows' sums.
+template <int kCount>
+__device__ __forceinline__ void exponentiate(
+    float (&scores)[kCount], Rows& rows, float factor, const float (&shift)[2], const float (&corrections)[2]) {
+    float sums[2][2] = {};
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
         const int row = i % 2, chain = i / 2 % 2;

@@ -195,14 +195,15 @@ __device__ __forceinline__ void attend(
             gather.copy(tile - 1, keys + (stage ^ 1) * kTileBytes, values + (stage ^ 1) * kTileBytes);
             if (tile - 1 > lowest) gather.look_up(tile - 2);
         }
-        float scores[kKeys / 2], corrections[2];
+        float scores[kKeys / 2], shift[2], corrections[2];
         query_times_keys<T, kDim>(scores, queries, keys + stage * kTileBytes);
         if (scaling.inner != 0.0f) prefill::cap(scores, scaling.inner);
         const bool hides = tile * kKeys + kKeys - 1 > own_position ||
                            (window && tile * kKeys <= own_position + 15 - window);
         if (hides)
             prefill::mask(scores, own_position + lane / 4, tile * kKeys + lane % 4 * 2, window);
-        prefill::exponentiate<0>(scores, rows, scaling.factor, corrections);
+        prefill::find_largest<0>(scores, rows, scaling.factor, shift, corrections);
+        prefill::exponentiate(scores, rows, scaling.factor, shift, corrections);
         prefill::scale_rows(outputs, corrections);
         unsigned weights[kKeys / 4];
         prefill::to_operand<T>(scores, weights);

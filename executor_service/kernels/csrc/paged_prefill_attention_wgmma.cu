@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kGroups = 2;  // warpgroups that compute
 constexpr int kThreads = 128 * (1 + kGroups);
-enum Variant { kTakesTurns = 1, kFinishes = 2, kLazy = 4, kHalf = 8, kOneByOne = 16 };
+enum Variant { kTakesTurns = 1, kFinishes = 2, kLazy = 4, kOneByOne = 16, kFindsFirst = 32 };
 
 struct alignas(64) TensorMap {
     unsigned char bytes[128];
@@ -29,6 +29,7 @@ struct Arguments {
     float scale;
     int window;
     float softcap;
+    int together, lead;
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -66,6 +67,7 @@ template <int kDim> struct Shared {
     __device__ __forceinline__ Work& work(int slot) const {
         return reinterpret_cast<Work*>(base + (2 * kStages + kSlots) * kTile + 128)[slot];
     }
+    __device__ __forceinline__ unsigned unread() const { return barrier(0) + 128 + kSlots * sizeof(Work); }
     // Where the 16-byte pack of a row lies in a tile.
     static __device__ __forceinline__ int at(int row, int pack) {
         return (row / 8 * kHalves + pack / 8) * kAtom + row % 8 * 128 + (pack % 8 ^ row % 8) * 16;
@@ -98,7 +100,7 @@ __device__ __forceinline__ Work uniform(const Work& work) {
 // values the L2 cache holds, and in a group the tiles that see most come first. A thread block's tickets grow, so
 // requests that are behind one are behind all later ones.
 struct Drawing {
-    static constexpr int kTogether = 4;
+    static constexpr int kTogether = 4;  // at most
 
     int ticket = blockIdx.x;
     int first_request = 0, num_before = 0;  // tiles of the requests before it
@@ -106,12 +108,12 @@ struct Drawing {
     // The tile of `ticket`; without rows if there are fewer.
     __device__ __forceinline__ Work tile(const Arguments& arguments) {
         const int lane = threadIdx.x % 32, number = ticket / arguments.num_heads;
-        for (; first_request < arguments.num_requests; first_request += 32 * kTogether) {
+        for (; first_request < arguments.num_requests; first_request += 32 * arguments.together) {
             int counts[kTogether], until = 0;
 #pragma unroll
             for (int i = 0; i < kTogether; ++i) {
-                const int request = first_request + lane * kTogether + i;
-                counts[i] = request < arguments.num_requests
+                const int request = first_request + lane * arguments.together + i;
+                counts[i] = i < arguments.together && request < arguments.num_requests
                                 ? (arguments.cu_seqlens[request + 1] - arguments.cu_seqlens[request] + kRows - 1) / kRows
                                 : 0;
                 until += counts[i];
@@ -128,7 +130,7 @@ struct Drawing {
 #pragma unroll
                 for (int i = 0; i < kTogether; ++i) counts[i] = __shfl_sync(kAllLanes, counts[i], from);
                 const int index = number - __shfl_sync(kAllLanes, until - own, from);
-                return tile_of_group(arguments, first_request + from * kTogether, counts, index);
+                return tile_of_group(arguments, first_request + from * arguments.together, counts, index);
             }
             num_before = __shfl_sync(kAllLanes, until, 31);
         }
@@ -266,7 +268,7 @@ __device__ __forceinline__ void bring_keys_and_values(const Arguments& arguments
         };
         int block = block_of(work.highest);
         for (int tile = work.highest; tile >= work.lowest; --tile, ++count) {
-            if (tile == work.lowest && lane == 0) arrive(shared.barrier(S::kNearlyDone));
+            if (tile == min(work.highest, work.lowest + arguments.lead) && lane == 0) arrive(shared.barrier(S::kNearlyDone));
             const int stage = count % kStages, free_parity = (count / kStages & 1) ^ 1;
             const int num_tokens = min(work.length - tile * kKeys, kKeys), num_boxes = (num_tokens + box - 1) / box;
             const int group = block * (block_size / 8) + tile * kKeys % block_size / 8;
@@ -307,15 +309,15 @@ __device__ __forceinline__ void issue_query_times_keys(float (&scores)[kKeys / 2
     commit_products();
 }
 
-// outputs (+)= 64 rows of weights x 4 kCount values, issued and committed.
-template <typename T, int kDim, int kCount>
+// outputs (+)= 64 rows of weights x kKeys values, issued and committed.
+template <typename T, int kDim>
 __device__ __forceinline__ void issue_weights_times_values(
-    float (&outputs)[kDim / 2], const unsigned (&weights)[kCount], unsigned values, bool adds) {
+    float (&outputs)[kDim / 2], const unsigned (&weights)[kKeys / 4], unsigned values, bool adds) {
     using S = Shared<kDim>;
     begin_products();
     const unsigned long long b = descriptor(values, S::kHalves * S::kAtom, S::kAtom);
 #pragma unroll
-    for (int k = 0; k < kCount / 4; ++k)
+    for (int k = 0; k < kKeys / 16; ++k)
         multiply_registers(
             T(), outputs, weights + 4 * k, b + (k * 2 * S::kHalves * S::kAtom >> 4), k > 0 || adds);
     commit_products();
@@ -355,7 +357,6 @@ template <typename T, int kDim, int kVariant> struct Warpgroup {
     using Scores = float[kKeys / 2];
     using Weights = unsigned[kKeys / 4];
     using Outputs = float[kDim / 2];
-    using HalfWeights = unsigned[kKeys / 8];
 
     const Arguments& arguments;
     const S& shared;
@@ -379,32 +380,32 @@ template <typename T, int kDim, int kVariant> struct Warpgroup {
         __syncwarp();
         if (lane == 0) arrive(shared.barrier(which, number % kStages));
     }
-    // Whether the second half of a tile of keys is hidden from the whole warpgroup.
-    __device__ __forceinline__ bool is_half(const Work& work, int tile) const {
-        if constexpr ((kVariant & kHalf) == 0) return false;
-        return __shfl_sync(kAllLanes, tile * kKeys + kKeys / 2 > work.position + group * 64 + 63, 0);
-    }
     __device__ __forceinline__ void issue_scores(Scores& scores, int slot, unsigned number) const {
         issue_query_times_keys<T, kDim>(
             scores, shared.queries(slot) + group * 8 * S::kHalves * S::kAtom, shared.keys(number % kStages));
     }
     __device__ __forceinline__ void issue_outputs(
-        Outputs& outputs, const Weights& weights, unsigned number, bool adds, bool half) const {
-        const unsigned values = shared.values(number % kStages);
-        if (half)
-            issue_weights_times_values<T, kDim>(
-                outputs, reinterpret_cast<const HalfWeights&>(weights), values, adds);
-        else
-            issue_weights_times_values<T, kDim>(outputs, weights, values, adds);
+        Outputs& outputs, const Weights& weights, unsigned number, bool adds) const {
+        issue_weights_times_values<T, kDim>(outputs, weights, shared.values(number % kStages), adds);
     }
-    __device__ __forceinline__ void soften(
-        Scores& scores, Rows& rows, float (&corrections)[2], int position, int tile) const {
+    __device__ __forceinline__ void hide(Scores& scores, int position, int tile) const {
         const int key = tile * kKeys, window = arguments.window;
         position += first_row;
         if (scaling.inner != 0.0f) cap(scores, scaling.inner);
         if (key + kKeys - 1 > position || (window && key <= position + 15 - window))
             mask(scores, position + lane / 4, key + lane % 4 * 2, window);
-        exponentiate<kVariant & kLazy ? 8 : 0>(scores, rows, scaling.factor, corrections);
+    }
+    __device__ __forceinline__ void soften(
+        Scores& scores, Rows& rows, float (&corrections)[2], int position, int tile, bool waits) const {
+        float shift[2];
+        hide(scores, position, tile);
+        find_largest<kVariant & kLazy ? 8 : 0>(scores, rows, scaling.factor, shift, corrections);
+        if (waits && (kVariant & kFindsFirst)) {
+            finish(shift[0] + shift[1], shared.unread());
+            wait_for_products<0>();
+        }
+        exponentiate(scores, rows, scaling.factor, shift, corrections);
+        if (waits && (kVariant & kFinishes)) finish(rows.sum[0] + rows.sum[1], shared.unread());
     }
     __device__ __forceinline__ void store(Outputs& outputs, const Work& work, const Rows& rows, int slot) const {
         float inverse[2];
@@ -427,26 +428,23 @@ template <typename T, int kDim, int kVariant> struct Warpgroup {
             if (!work.num_rows) return;
             Rows rows;
             wait_for(S::kKeysThere, count);
-            bool half = is_half(work, work.highest);
             issue_scores(scores, i % kSlots, count);
             wait_for_products<0>();
             settle(scores);
             release(S::kKeysFree, count);
-            soften(scores, rows, corrections, work.position, work.highest);
+            soften(scores, rows, corrections, work.position, work.highest, false);
             to_operand<T>(scores, weights);
             for (int tile = work.highest - 1; tile >= work.lowest; --tile, ++count) {
                 wait_for(S::kKeysThere, count + 1);
                 if (kVariant & kTakesTurns) sync_threads(1 + group, 256);
                 issue_scores(scores, i % kSlots, count + 1);
                 wait_for(S::kValuesThere, count);
-                issue_outputs(outputs, weights, count, tile + 1 < work.highest, half);
-                half = false;
+                issue_outputs(outputs, weights, count, tile + 1 < work.highest);
                 if (kVariant & kTakesTurns) announce_to(2 - group, 256);
                 wait_for_products<1>();
                 settle(scores);
                 release(S::kKeysFree, count + 1);
-                soften(scores, rows, corrections, work.position, tile);
-                if (kVariant & kFinishes) finish(rows.sum[0] + rows.sum[1], shared.address);
+                soften(scores, rows, corrections, work.position, tile, true);
                 wait_for_products<0>();
                 settle(outputs);
                 release(S::kValuesFree, count);
@@ -455,7 +453,7 @@ template <typename T, int kDim, int kVariant> struct Warpgroup {
                 to_operand<T>(scores, weights);
             }
             wait_for(S::kValuesThere, count);
-            issue_outputs(outputs, weights, count, work.highest > work.lowest, half);
+            issue_outputs(outputs, weights, count, work.highest > work.lowest);
             wait_for_products<0>();
             settle(outputs);
             release(S::kValuesFree, count);
@@ -476,12 +474,11 @@ template <typename T, int kDim, int kVariant> struct Warpgroup {
         float corrections[2];
         int tile = work.highest;
         wait_for(S::kKeysThere, 0);
-        bool half = is_half(work, tile);
         issue_scores(scores, 0, 0);
         wait_for_products<0>();
         settle(scores);
         release(S::kKeysFree, 0);
-        soften(scores, rows, corrections, work.position, tile);
+        soften(scores, rows, corrections, work.position, tile, false);
         to_operand<T>(scores, weights);
         for (bool is_first = true;; ++count) {
             const bool is_last = tile == work.lowest;
@@ -494,19 +491,16 @@ template <typename T, int kDim, int kVariant> struct Warpgroup {
             tile = is_last ? next.highest : tile - 1;
             wait_for(S::kKeysThere, count + 1);
             if (kVariant & kTakesTurns) sync_threads(1 + group, 256);
-            const bool next_half = is_half(next, tile);
             issue_scores(scores, (num_drawn - 1) % kSlots, count + 1);
             wait_for(S::kValuesThere, count);
-            issue_outputs(outputs, weights, count, !is_first, half);
-            half = next_half;
+            issue_outputs(outputs, weights, count, !is_first);
             if (kVariant & kTakesTurns) announce_to(2 - group, 256);
             wait_for_products<1>();
             settle(scores);
             release(S::kKeysFree, count + 1);
             const Rows finished = rows;
             if (is_last) rows = Rows();
-            soften(scores, rows, corrections, next.position, tile);
-            if (kVariant & kFinishes) finish(rows.sum[0] + rows.sum[1], shared.address);
+            soften(scores, rows, corrections, next.position, tile, true);
             wait_for_products<0>();
             settle(outputs);
             release(S::kValuesFree, count);
@@ -519,7 +513,7 @@ template <typename T, int kDim, int kVariant> struct Warpgroup {
             is_first = is_last;
         }
         wait_for(S::kValuesThere, count);
-        issue_outputs(outputs, weights, count, work.highest > work.lowest, half);
+        issue_outputs(outputs, weights, count, work.highest > work.lowest);
         wait_for_products<0>();
         settle(outputs);
         store(outputs, work, rows, (num_drawn - 1) % kSlots);
@@ -560,7 +554,7 @@ __device__ __forceinline__ void run(const Arguments& arguments) {
 #define RUN(T, DIM, VARIANT)                                                                                      \
     run<T, DIM, VARIANT>(                                                                                         \
         {&k_map, &v_map, query, block_tables, cu_seqlens, seq_lens, out, num_drawn, num_requests, num_heads,          \
-         num_kv_heads, block_size, table_stride, scale, window, softcap})
+         num_kv_heads, block_size, table_stride, scale, window, softcap, together, lead})
 #else
 #define RUN(T, DIM, VARIANT) __trap()
 #endif
@@ -569,19 +563,16 @@ __device__ __forceinline__ void run(const Arguments& arguments) {
         const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const void* query,          \
         const int* block_tables, const int* cu_seqlens, const int* seq_lens, void* out, int* num_drawn,               \
         int num_requests, int num_heads, int num_kv_heads, int block_size, long long table_stride, float scale,       \
-        int window, float softcap) {                                                                                  \
+        int window, float softcap, int together, int lead) {                                                                                  \
         RUN(T, DIM, VARIANT);                                                                                     \
     }
-KERNEL(bfloat16, bfloat16, 128, , 7)
-KERNEL(bfloat16, bfloat16, 64, , 7)
-KERNEL(float16, float16, 128, , 7)
-KERNEL(float16, float16, 64, , 7)
-KERNEL(bfloat16, bfloat16, 128, _half, 15)
-KERNEL(bfloat16, bfloat16, 128, _late, 5)
-KERNEL(bfloat16, bfloat16, 128, _late_strict, 1)
-KERNEL(bfloat16, bfloat16, 128, _late_half, 13)
-KERNEL(bfloat16, bfloat16, 128, _free, 6)
-KERNEL(bfloat16, bfloat16, 128, _one, 23)
-KERNEL(bfloat16, bfloat16, 128, _one_late, 21)
-KERNEL(bfloat16, bfloat16, 128, _one_late_strict, 17)
-KERNEL(bfloat16, bfloat16, 128, _one_late_half, 29)
+KERNEL(bfloat16, bfloat16, 128, , 5)
+KERNEL(bfloat16, bfloat16, 64, , 5)
+KERNEL(float16, float16, 128, , 5)
+KERNEL(float16, float16, 64, , 5)
+KERNEL(bfloat16, bfloat16, 128, _finds, 37)
+KERNEL(bfloat16, bfloat16, 128, _finishes, 7)
+KERNEL(bfloat16, bfloat16, 128, _one, 21)
+KERNEL(bfloat16, bfloat16, 128, _one_finds, 53)
+KERNEL(bfloat16, bfloat16, 128, _free, 4)
+KERNEL(bfloat16, bfloat16, 128, _free_finds, 36)
