@@ -7,11 +7,9 @@ import contextlib
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from queue import SimpleQueue
 from typing import Final
 
 from diptych.service.errors import UnavailableError
@@ -27,6 +25,7 @@ from executor_service.engine.messages import (
     ToEngine,
 )
 from executor_service.front.arena import Arena
+from executor_service.front.engine_outbox import EngineOutbox
 
 ENGINE_MODULE: Final = "executor_service.engine.process"
 """What runs in the engine process; another module may that speaks the same messages."""
@@ -46,7 +45,7 @@ class EngineLink:
         self._engine_module = engine_module
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
-        self._outbox: SimpleQueue[ToEngine | None] = SimpleQueue()
+        self._outbox: EngineOutbox | None = None
         self._booted: asyncio.Future[Booted] | None = None
         self._last_word = ""
         self.died: asyncio.Future[str] | None = None
@@ -59,20 +58,20 @@ class EngineLink:
         with theirs:
             self._process = _spawn(self._engine_module, theirs.fileno(), arena)
         self._connection.send(config)
-        threading.Thread(target=self._write, name="engine-writer", daemon=True).start()
+        self._outbox = EngineOutbox(self._connection)
         loop.add_reader(self._connection.fileno(), self._read)
         return await self._booted
 
     def send(self, message: ToEngine) -> None:
-        """Queue a message; never blocks, whatever the engine is doing."""
-        self._outbox.put(message)
+        """Send a message; never blocks, whatever the engine is doing."""
+        if self._outbox is not None:
+            self._outbox.send(message)
 
     async def stop(self, patience: float = 5.0) -> None:
         """Ask the engine to end, and end it if it does not."""
         if self._process is None:
             return
         self.send(Shutdown())
-        self._outbox.put(None)
         try:
             await asyncio.to_thread(self._process.wait, patience)
         except subprocess.TimeoutExpired:
@@ -80,16 +79,6 @@ class EngineLink:
             await asyncio.to_thread(self._process.wait)
         self._close()
         self._process = None
-
-    def _write(self) -> None:
-        """The writer thread: a full pipe makes it wait, and not the event loop."""
-        connection = self._connection
-        assert connection is not None
-        while (message := self._outbox.get()) is not None:
-            try:
-                connection.send(message)
-            except OSError:
-                return  # the reader notices the death and says so
 
     def _read(self) -> None:
         """Handle one message, so that a fast engine leaves the loop time to send what it made.
@@ -133,6 +122,9 @@ class EngineLink:
     def _close(self) -> None:
         if self._connection is not None and not self._connection.closed:
             asyncio.get_running_loop().remove_reader(self._connection.fileno())
+            if self._outbox is not None:
+                self._outbox.close()
+                self._outbox = None
             self._connection.close()
 
 
