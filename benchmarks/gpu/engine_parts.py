@@ -12,7 +12,7 @@ from typing import Any, Final
 from benchmarks.gpu.floors import ModelWork, Rates
 from benchmarks.gpu.load import MIXED, OUTPUT_TOKENS, PREFILLS, SIDES, TEXT_TOKENS, milliseconds
 from benchmarks.gpu.session import Sheet
-from benchmarks.gpu.steady import steady_decode
+from benchmarks.gpu.steady import profiled, show_kernels, steady_decode
 from benchmarks.gpu.workload import Driver, Trace
 from executor_service.engine.messages import BootProgress
 from registry import MediaInfo
@@ -101,6 +101,7 @@ class EngineParts:
         print(f"first token {median:.1f} ms, {median / floors['sustained_ms']:.2f} x floor", flush=True)
         return {
             "median_ms": median, "all_ms": [1000 * value for value in seconds], **_against(floors, median),
+            "profiled": self._profile(1),
         }  # fmt: skip
 
     def _decode(self, batch: int) -> dict[str, Any]:
@@ -138,8 +139,21 @@ class EngineParts:
         print(f"prefill {rate:.1f} images/s, {against['floor_over_measured']:.1%} of floor", flush=True)
         return {
             "images": count, "images_per_second": rate, "seconds_all": seconds, **against,
-            "floor_images_per_second": 1000 * count / floors["sustained_ms"],
+            "floor_images_per_second": 1000 * count / floors["sustained_ms"], "profiled_per_image": self._profile(64),
         }  # fmt: skip
+
+    def _profile(self, count: int) -> dict[str, Any]:
+        """The kernels of a prefill of `count` requests, per request."""
+        if not self._driver.is_cuda:
+            return {}
+        requests = self._driver.requests(self._count(count), self._side, 1, seed=count)
+        profile = profiled(lambda: self._driver.drive(requests), len(requests))
+        print(
+            f"prefill of {len(requests)}, profiled: {profile.get('num_kernels', 0):.0f} kernels each, busy "
+            f"{profile.get('busy_ms', 0):.2f} ms, idle {profile.get('idle_share', 0):.1%}", flush=True,
+        )  # fmt: skip
+        show_kernels(profile)
+        return profile
 
     def _steady_batches(self) -> list[int]:
         if self._options.quick:
@@ -152,7 +166,7 @@ class EngineParts:
 
     def _steady(self, batch: int) -> dict[str, Any]:
         figures = steady_decode(self._driver, batch, self._side)
-        profile = figures["profiled"] or {}
+        profile = figures["profiled"]
         print(
             f"steady {batch}: step {figures['step_ms']:.2f} ms, host {figures['host_ms']:.2f} ms, device busy "
             f"{profile.get('busy_ms', float('nan')):.2f} ms when profiled, idle {profile.get('idle_share', 0.0):.1%}; "
@@ -160,8 +174,7 @@ class EngineParts:
             f"{figures.get('idle_share_at_most', float('nan')):.1%}",
             flush=True,
         )
-        for name, kernel in profile.get("kernels", {}).items():
-            print(f"    {1000 * kernel['ms']:8.0f} µs in {kernel['launches']:5.1f} launches  {name[:80]}", flush=True)
+        show_kernels(profile)
         return figures
 
     def _mixed(self) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -38,7 +39,7 @@ def steady_decode(driver: Driver, batch: int, side: int) -> dict[str, Any]:
         "step_ms": 1000 * seconds / STEPS,
         "host_ms": 1000 * (seconds - waiting.seconds) / STEPS,
         "waiting_ms": 1000 * waiting.seconds / STEPS,
-        "profiled": profiled(steps) if driver.is_cuda else None,
+        "profiled": profiled(lambda: list(itertools.islice(steps, STEPS)), STEPS) if driver.is_cuda else {},
     }
     if alone := graph_alone(driver, batch):
         figures |= {"graph_alone_ms": 1000 * alone, "idle_share_at_most": 1 - alone / (seconds / STEPS)}
@@ -89,14 +90,16 @@ class Waiting:
         return synchronize
 
 
-def profiled(steps: Iterator[None]) -> dict[str, Any]:
-    """Kernels of STEPS steps: how long any of them runs, how long none does, and the longest by name."""
+def profiled(call: Callable[[], object], count: int) -> dict[str, Any]:
+    """Kernels of a call that does `count` things: how long any of them runs, how long none does, the longest by name.
+
+    All per thing, but for the idle share, which is of the time between the first kernel and the last.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(STEPS):
-            next(steps)
+        call()
         torch.cuda.synchronize()
     events = profiler.profiler.kineto_results.events()
     device = torch.autograd.DeviceType.CUDA
@@ -109,12 +112,18 @@ def profiled(steps: Iterator[None]) -> dict[str, Any]:
         return {"error": "the profiler saw no kernel"}
     span, busy = kernels[-1][1] - kernels[0][0], _union(kernels)
     return {
-        "num_kernels_per_step": len(kernels) / STEPS,
-        "busy_ms": busy / 1e6 / STEPS,
-        "span_ms": span / 1e6 / STEPS,
+        "num_kernels": len(kernels) / count,
+        "busy_ms": busy / 1e6 / count,
+        "span_ms": span / 1e6 / count,
         "idle_share": 1 - busy / span,
-        "kernels": _by_name(kernels),
+        "kernels": _by_name(kernels, count),
     }
+
+
+def show_kernels(profile: dict[str, Any]) -> None:
+    """A line for each of the longest."""
+    for name, kernel in profile.get("kernels", {}).items():
+        print(f"    {1000 * kernel['ms']:8.0f} µs in {kernel['launches']:6.1f} launches  {name[:90]}", flush=True)
 
 
 def _union(intervals: list[tuple[int, int, str]]) -> int:
@@ -126,12 +135,12 @@ def _union(intervals: list[tuple[int, int, str]]) -> int:
     return total
 
 
-def _by_name(kernels: list[tuple[int, int, str]]) -> dict[str, dict[str, float]]:
-    """Launches and milliseconds per step of the kernels that take longest."""
+def _by_name(kernels: list[tuple[int, int, str]], count: int) -> dict[str, dict[str, float]]:
+    """Launches and milliseconds per thing of the kernels that take longest."""
     sums: dict[str, list[int]] = {}
     for begin, end, name in kernels:
         entry = sums.setdefault(name[:120], [0, 0])
         entry[0] += 1
         entry[1] += end - begin
     longest = sorted(sums.items(), key=lambda item: -item[1][1])[:NUM_NAMES]
-    return {name: {"launches": count / STEPS, "ms": ns / 1e6 / STEPS} for name, (count, ns) in longest}
+    return {name: {"launches": number / count, "ms": ns / 1e6 / count} for name, (number, ns) in longest}
