@@ -116,6 +116,7 @@ def test_ops_are_registered_properly(dtype) -> None:
     torch.library.opcheck(torch.ops.diptych.rms_norm.default, (x, weight, 1e-5))
     torch.library.opcheck(torch.ops.diptych.add_rms_norm.default, (x, x.clone(), weight, 1e-5))
     torch.library.opcheck(torch.ops.diptych.silu_mul.default, (x,))
+    torch.library.opcheck(torch.ops.diptych.quick_gelu.default, (x,))
     qkv, angles = torch.randn(3, (4 + 2 * 2) * 8).to(dtype), torch.randn(3, 8).to(dtype)
     torch.library.opcheck(
         torch.ops.diptych.rotary_write_kv.default,

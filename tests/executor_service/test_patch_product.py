@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from executor_service.layers.activations import QuickGelu
 from executor_service.layers.patches import Levels, PatchProduct
 from executor_service.models.llava import LlavaModel
 from tests.checkpoints import make_llava_checkpoint
@@ -41,6 +42,7 @@ def test_twins(tmp_path: Path, tower: Any, strategy: Any, dtype: str) -> None:
     assert torch.equal(features(model, levels), stock), "without a product, levels are normalised"
     assert model.fuse_decoder()
     assert isinstance(model.patch_product, PatchProduct)
+    assert any(isinstance(module, QuickGelu) for module in model.modules()) == (tower == "clip")
     tolerance = {"atol": TOLERANCES[dtype], "rtol": TOLERANCES[dtype]}
     torch.testing.assert_close(features(model, levels), stock, **tolerance)
     torch.testing.assert_close(features(model, pixels), stock, **tolerance)
