@@ -80,17 +80,17 @@ class ItemAssembly:
         self._write(self._tensor(chunk), chunk.data)
 
     def check_values(self) -> None:
-        """InvalidInputError if a float tensor has a NaN or an infinity: one would spread through the model's batch."""
+        """InvalidInputError for values that the dtype's bytes can say and a tensor must not have; once complete.
+
+        A NaN or an infinity would spread through the model's batch, and what a model makes of a bool that is neither 0
+        nor 1 nobody knows.
+        """
         for tensor in self._incoming:
-            if (mask := _EXPONENTS.get(tensor.spec.dtype)) is None:
-                continue
             start = self._region.offset + tensor.place
             # In a function of its own: the error's traceback would keep a view of the arena alive.
-            if not _is_finite(self._view[start : start + tensor.spec.num_bytes], mask):
+            if (flaw := _flaw(self._view[start : start + tensor.spec.num_bytes], tensor.spec.dtype)) is not None:
                 raise InvalidInputError(
-                    f"item {self._index}: {tensor.name} has values that are not finite",
-                    stage="receive",
-                    item=self._index,
+                    f"item {self._index}: {tensor.name} has {flaw}", stage="receive", item=self._index
                 )
 
     def slots(self) -> tuple[TensorSlot, ...]:
@@ -123,9 +123,14 @@ class ItemAssembly:
         return self._incoming[chunk.tensor_index]
 
 
-def _is_finite(data: memoryview, mask: np.unsignedinteger[Any]) -> bool:
+def _flaw(data: memoryview, dtype: str) -> str | None:
+    """What is wrong with a tensor's values."""
+    if dtype == "bool":
+        return "values that are neither 0 nor 1" if (np.frombuffer(data, dtype=np.uint8) > 1).any() else None
+    if (mask := _EXPONENTS.get(dtype)) is None:
+        return None
     words = np.frombuffer(data, dtype=mask.dtype)
-    return not ((words & mask) == mask).any()
+    return "values that are not finite" if ((words & mask) == mask).any() else None
 
 
 def content_digest(tensors_digest: bytes, modality: str, layout: ItemLayout) -> bytes:

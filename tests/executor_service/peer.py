@@ -89,7 +89,7 @@ def describe(name: str, tensor: np.ndarray) -> tensor_pb2.Tensor:
 
 
 class Peer:
-    """One `Execute` stream."""
+    """One `Execute` stream; `packed` are the handles of each message with tokens."""
 
     def __init__(self, channel: grpc.Channel, timeout: float = 60) -> None:
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -101,6 +101,7 @@ class Peer:
         # A deadline of the whole stream, so that an answer that never comes fails the test instead of hanging it.
         self.call = method(self._requests(), timeout=timeout)
         self.answers: dict[int, Answer] = {}
+        self.packed: list[list[int]] = []
 
     def __enter__(self) -> Peer:
         return self
@@ -143,6 +144,7 @@ class Peer:
                 self._answer(response.credit.handle).credit += response.credit.bytes
             case "step_outputs":
                 outputs = response.step_outputs
+                self.packed.append(list(outputs.handles))
                 for handle, token in zip(outputs.handles, outputs.token_ids, strict=True):
                     assert not self._answer(handle).finals, "a token after the Final"
                     self._answer(handle).tokens.append(token)

@@ -135,3 +135,18 @@ def test_bfloat16_is_looked_at_too(bits: int, is_finite: bool) -> None:
     else:
         with pytest.raises(InvalidInputError, match="not finite"):
             assembly.check_values()
+
+
+@pytest.mark.parametrize(("values", "is_right"), [([0, 1, 1, 0], True), ([0, 1, 2, 0], False), ([255, 0, 0, 1], False)])
+def test_a_bool_is_0_or_1(values: list[int], is_right: bool) -> None:
+    assembly, view = assembly_of(item(dtype="bool", a=4))
+    feed(assembly, 0, bytes(values))
+    if is_right:
+        assembly.check_values()
+    else:
+        with pytest.raises(InvalidInputError, match="item 0: a has values that are neither 0 nor 1") as caught:
+            assembly.check_values()
+        assert (caught.value.stage, caught.value.metadata["item"]) == ("receive", "0")
+    memory = view.obj
+    view.release()
+    memory.append(0)  # fails as long as anything has a view of it

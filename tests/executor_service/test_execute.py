@@ -9,8 +9,10 @@ import grpc
 import pytest
 
 from diptych.v1 import executor_pb2, tensor_pb2
+from executor_service.engine.messages import FinishReason, StepReport
 from tests.checkpoints import VOCAB_SIZE
 from tests.executor_service.peer import Peer, Planned, model_facts
+from tests.services import wait_idle
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +270,64 @@ def test_cancel_while_receiving_and_while_generating(channel, planner) -> None:
         answer = peer.finish(2)
         assert (answer.code, answer.facts["stage"]) == (grpc.StatusCode.CANCELLED, "generate")
         assert len(answer.tokens) < 1000
+
+
+@pytest.fixture
+def reports(server, monkeypatch) -> list[StepReport]:
+    """What the engine reports from now on."""
+    seen: list[StepReport] = []
+    link = server[0].front._link
+    real = link._on_step
+
+    def noted(report: StepReport) -> None:
+        seen.append(report)
+        real(report)
+
+    monkeypatch.setattr(link, "_on_step", noted)
+    return seen
+
+
+ENDINGS = ("cancel", "deadline", "stream")
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_who_ends_a_request_ends_it_in_the_engine(channel, planner, server, reports, ending: str) -> None:
+    """The engine is told, and does not go on to the last token for nobody."""
+    planned = planner.plan("no picture", sizes=(), max_tokens=1500)
+    if ending == "deadline":
+        planned.start.time_left.FromMilliseconds(300)
+    with Peer(channel) as peer:
+        peer.start(1, planned)
+        while not peer._answer(1).tokens:
+            peer.read()
+        if ending == "cancel":
+            peer.cancel(1)
+        if ending != "stream":
+            peer.finish(1)
+    wait_idle(channel, *server)
+    ends = [finished for report in reports for finished in report.finished]
+    assert [finished.reason for finished in ends] == [FinishReason.ABORTED]
+    assert sum(len(report.token_ids) for report in reports) < 1500
+
+
+def test_a_steps_tokens_are_one_message_per_stream(channel, planner, reports) -> None:
+    """Whatever the number of requests; each stream gets its own handles and no others."""
+    num_tokens, handles, others = 60, [3, 900, 70000, 2**32 - 1], [3, 5]
+    planned = planner.plan("no picture", sizes=(), max_tokens=num_tokens)
+    with Peer(channel) as peer, Peer(channel) as other:
+        for handle in handles:
+            peer.start(handle, planned)
+        for handle in others:
+            other.start(handle, planned)
+        for handle in handles:
+            peer.finish(handle)
+        for handle in others:
+            other.finish(handle)
+    for stream, own in ((peer, handles), (other, others)):
+        assert len(stream.packed) <= len(reports)
+        assert max(map(len, stream.packed)) == len(own), "they all run at once"
+        assert all(len(set(packed)) == len(packed) for packed in stream.packed), "one token each per step"
+        assert sorted(handle for packed in stream.packed for handle in packed) == sorted(own * num_tokens)
 
 
 def test_deadline_names_the_stage(channel, planner) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from executor_service.engine.messages import TensorSlot
+from executor_service.front import item_store
 from executor_service.front.arena import ALIGNMENT, Arena
 from executor_service.front.item_store import Claim, ItemHold, ItemStore, Sender
 from registry import TensorSpec
@@ -139,6 +140,28 @@ def test_an_item_on_its_way_is_awaited_and_inherited(store: ItemStore) -> None:
     assert third.is_complete
     assert third.num_stored_calls == 1
     store.check_integrity([*second.holds, *third.holds])
+
+
+def test_aliases_are_bounded_and_the_one_named_longest_ago_goes(
+    store: ItemStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The item itself stays, and is kept once when it is sent again."""
+    monkeypatch.setattr(item_store, "MAX_ALIASES", 3)
+    for name in ("first", "second", "third"):
+        receive(store, ALICE, name, 1)
+    repeats = [claim_for(store, Sender("alice", stream), [("other", 1)]) for stream in (1, 2)]
+    complete(store, repeats[0].holds[0], "other")
+    complete(store, repeats[1].holds[0], "other")  # named again: none is forgotten for it
+    assert len(store._aliases) == 3
+    names = ("first", "second", "third", "other")
+    found = {name: not claim_for(store, BOB, [(name, 1)]).holds[0].is_missing for name in names}
+    assert not any(found.values())
+    found = {name: claim_for(store, ALICE, [(name, 1)]).is_complete for name in names}
+    assert found == {"first": False, "second": True, "third": True, "other": True}
+    num_bytes = store.arena.num_used_bytes
+    again = claim_for(store, Sender("alice", 9), [("first", 1)])
+    complete(store, again.holds[0], "first")
+    assert store.arena.num_used_bytes == num_bytes
 
 
 def test_one_picture_twice_in_a_request_is_sent_once(store: ItemStore) -> None:

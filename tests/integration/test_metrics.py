@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.executor_service.peer import Peer, Planner
 from tests.integration.conftest import picture_bytes, prompt_request
 from tests.integration.test_tokens import collect
 from tests.services import Stack, stack
@@ -159,6 +161,35 @@ def test_what_runs_is_seen_while_it_runs(served) -> None:
     assert seen("diptych_kv_cache_used_blocks") > 0
     assert Scraped(scrape(served.preprocess.metrics_address))("diptych_requests_pending") == 1
     call.cancel()
+
+
+def test_who_waits_and_who_is_still_received_is_seen(checkpoint) -> None:
+    """One request runs, one waits for its place in the batch, and one has not sent its picture."""
+    with stack(checkpoint, executor={"metrics_port": 0, "max_num_seqs": 1}) as services:
+        planner = Planner(services.executor.front.family, services.executor.front.booted.fingerprint.digest)
+        with Peer(services.executor_channel) as peer:
+            for handle in (1, 2):
+                peer.start(handle, planner.plan("words", sizes=(), max_tokens=1900))
+            peer.start(3, planner.plan())
+            peer.wait_credit(3)
+            expected = {"running": 1, "waiting": 1, "receiving": 1}
+            assert eventually_seen(services.executor.metrics_address, "diptych_engine_requests", expected) == expected
+            for handle in (1, 2, 3):
+                peer.cancel(handle)
+        services.check_idle()
+        nobody = dict.fromkeys(expected, 0)
+        assert eventually_seen(services.executor.metrics_address, "diptych_engine_requests", nobody) == nobody
+
+
+def eventually_seen(address: str, name: str, expected: dict[str, int], seconds: float = 5) -> dict[str, float]:
+    """A gauge's values by state: those expected, or the last ones seen in so many seconds."""
+    until = time.monotonic() + seconds
+    while True:
+        scraped = Scraped(scrape(address))
+        values = {state: scraped(name, state=state) for state in expected}
+        if values == expected or time.monotonic() > until:
+            return values
+        time.sleep(0.01)
 
 
 def test_promtool_reads_the_scrape_configuration() -> None:

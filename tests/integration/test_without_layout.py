@@ -191,3 +191,19 @@ def test_values_that_are_not_finite(handmade, planner: Planner, value: float) ->
         assert answer.status.message == "item 1: pixel_values has values that are not finite"
         assert peer.run(3, planner.plan()).tokens == honest
     handmade.check_idle()
+
+
+def test_bools_that_are_none(handmade, planner: Planner) -> None:
+    """Where no layout says the dtype a sender may claim bool, and its bytes must be."""
+    planned = planner.plan()
+    planned.tensors[0] = np.full((3, 5), 2, dtype=np.uint8)
+    set_tensor(planned.start, dtype=tensor_pb2.D_TYPE_BOOL, shape=[3, 5])
+    planned.start.items[0].tensors[0].chunks.total_bytes = 15
+    with Peer(handmade.executor_channel) as peer:
+        honest = peer.run(1, planner.plan()).tokens
+        answer = peer.run(2, planned)
+        assert answer.code.name == "INVALID_ARGUMENT"
+        assert (answer.facts["stage"], answer.facts["item"]) == ("receive", "0")
+        assert answer.status.message == "item 0: pixel_values has values that are neither 0 nor 1"
+        assert peer.run(3, planner.plan()).tokens == honest
+    handmade.check_idle()
