@@ -11,7 +11,7 @@ from typing import Any, Final
 import yaml
 from pydantic import BaseModel
 
-from diptych.cli.main import UsageError
+from diptych.cli.commands import UsageError
 from diptych.service import settings as service_settings
 from diptych.service.settings import ENV_PREFIX, SettingsError, flag_of, load_settings
 from executor_service.settings import ExecutorSettings

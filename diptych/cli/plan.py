@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diptych.cli.commands import UsageError
 from diptych.cli.inputs import add_input_arguments, read_input, read_media
-from diptych.cli.main import UsageError
 from diptych.cli.output import print_json
 from diptych.client.errors import RequestError
 from diptych.client.inputs import Chat, Prompt, plan_request

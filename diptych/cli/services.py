@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import TypeVar
 
-from diptych.cli.main import UsageError
+from diptych.cli.commands import UsageError
 from diptych.service.lifecycle import Service, run_service
 from diptych.service.logs import set_up_logs
 from diptych.service.settings import ServiceSettings, SettingsError, load_settings

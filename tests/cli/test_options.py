@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from diptych.cli.both import BothSettings
-from diptych.cli.main import COMMANDS, UsageError, main
+from diptych.cli.commands import COMMANDS, UsageError
+from diptych.cli.main import main
 from tests.cli.command import diptych
 from tests.plugins.checkpoints import make_qwen2_audio, make_video_llava
 from tests.tiny_checkpoint import encoded, make_checkpoint, picture
