@@ -20,6 +20,7 @@ from executor_service.engine.kv_cache import (
     allocate_kv_caches,
     block_bytes,
     default_kv_cache_bytes,
+    device_bytes_beside,
     device_kv_cache_bytes,
     num_blocks_in,
 )
@@ -164,11 +165,10 @@ def _allocate_kv_cache(
     budget, other = config.kv_cache_memory, 0
     flag = f"raise --kv-cache-memory to {limits.max_num_blocks_per_request * bytes_per_block}"
     if isinstance(memory, DeviceMemory):
-        left, other = device_kv_cache_bytes(
-            memory, config.gpu_memory_utilization, peaks, _encoder_cache_bytes(config, runner)
-        )
+        other = device_bytes_beside(memory, _encoder_cache_bytes(config, runner))
         if budget is None:
-            budget, flag = left, "raise --gpu-memory-utilization"
+            budget = device_kv_cache_bytes(memory, config.gpu_memory_utilization, peaks, other)
+            flag = "raise --gpu-memory-utilization"
     elif budget is None:
         budget = default_kv_cache_bytes(limits, bytes_per_block)
     num_blocks = num_blocks_in(budget, bytes_per_block, limits, flag)

@@ -55,16 +55,17 @@ class GpuShareTakenError(RegistryError):
     """The share of the GPU that the executor was promised is not free."""
 
 
-def device_kv_cache_bytes(
-    memory: DeviceMemory, utilization: float, peaks: MemoryPeaks, encoder_cache_bytes: int
-) -> tuple[int, int]:
-    """What a GPU's share has left for the KV cache, and what else than weights, peaks and graphs is taken off it.
+def device_bytes_beside(memory: DeviceMemory, encoder_cache_bytes: int) -> int:
+    """What a GPU's share holds besides weights, peaks, graphs and the KV cache: context, libraries, kept features."""
+    return memory.own_bytes_beside_torch + encoder_cache_bytes + SLACK_BYTES
 
-    share - peak of torch's allocator - context and libraries - graphs - encoder cache. GpuShareTakenError says who
-    holds what.
+
+def device_kv_cache_bytes(memory: DeviceMemory, utilization: float, peaks: MemoryPeaks, other: int) -> int:
+    """What a GPU's share has left for the KV cache: share - peak of torch's allocator - graphs - `other`.
+
+    GpuShareTakenError says who holds what.
     """
-    share = int(memory.total_bytes * utilization)
-    reserved, beside_torch = memory.reserved_peak_bytes, memory.own_bytes_beside_torch
+    share, reserved = int(memory.total_bytes * utilization), memory.reserved_peak_bytes
     torch.cuda.empty_cache()
     own, free = memory.own_bytes, memory.free_bytes
     if own + free < share:
@@ -73,8 +74,7 @@ def device_kv_cache_bytes(
             f"process has {own}, others have {memory.total_bytes - own - free}, and only {free} are free; lower it to "
             f"{(own + free) / memory.total_bytes:.2f} or stop the others"
         )
-    other = beside_torch + encoder_cache_bytes + SLACK_BYTES
-    return share - reserved - peaks.graphs - other, other
+    return share - reserved - peaks.graphs - other
 
 
 def allocate_kv_caches(geometry: KVGeometry, num_blocks: int, runner: ModelRunner) -> Sequence[KVCache]:
