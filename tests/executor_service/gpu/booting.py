@@ -10,6 +10,8 @@ from tests.executor_service.conftest import Bench, boot_engine
 
 KV_CACHE_BYTES = 1 << 26
 MAX_NUM_SEQS = 24
+SHARE = 0.2
+"""Little, so that tests may run beside each other."""
 
 VARIANTS = {
     "fused": {"decoder": "fused"},
@@ -23,7 +25,10 @@ VARIANTS = {
 
 def boot_on_gpu(checkpoint: Path, **config: Any) -> BootedEngine:
     """As `boot_engine`; `kv_cache_memory=None` sizes the cache by the profile."""
-    settings = {"dtype": "float32", "kv_cache_memory": KV_CACHE_BYTES, "max_num_seqs": MAX_NUM_SEQS}
+    settings = {
+        "dtype": "float32", "kv_cache_memory": KV_CACHE_BYTES, "max_num_seqs": MAX_NUM_SEQS,
+        "gpu_memory_utilization": SHARE,
+    }  # fmt: skip
     return boot_engine(checkpoint, **{**settings, "device": "cuda", **config})
 
 
