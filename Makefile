@@ -46,6 +46,7 @@ bench: setup
 	@$(RUN) -m benchmarks
 
 test-gpu: setup
+	@$(RUN) tools/require_gpu.py
 	@$(RUN) -m pytest -m gpu
 
 kernels:
