@@ -61,6 +61,11 @@ CMD ["executor", "--device", "cpu"]
 
 FROM runtime AS executor-cuda
 COPY --from=executor-cuda-environment /opt/diptych /opt/diptych
+# Where kernels that a boot had to compile are kept; a volume there saves the next boots from doing it again.
+USER root
+RUN install -d -o 10001 /cache
+USER 10001
+ENV XDG_CACHE_HOME=/cache
 # Read by the container runtime that hands the GPU in.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
