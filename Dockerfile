@@ -62,7 +62,7 @@ CMD ["executor", "--device", "cpu"]
 FROM runtime AS executor-cuda
 COPY --from=executor-cuda-environment /opt/diptych /opt/diptych
 # Where kernels that a boot had to compile are kept; a volume there saves the next boots from doing it again.
-USER root
+USER 0
 RUN install -d -o 10001 /cache
 USER 10001
 ENV XDG_CACHE_HOME=/cache
