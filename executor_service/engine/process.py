@@ -7,6 +7,7 @@ It ends by itself when the front is gone.
 from __future__ import annotations
 
 import contextlib
+import gc
 import mmap
 import os
 import signal
@@ -141,6 +142,9 @@ def main(argv: list[str]) -> int:
         traceback.print_exc(file=sys.stderr)
         connection.send(BootFailed(str(error)))
         return 1
+    # Modules and weights live as long as the process: looking through them for garbage would stop steps for long.
+    gc.collect()
+    gc.freeze()
     connection.send(booted.report)
     try:
         EngineProcess(connection, arena, booted).run()
