@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser("gpu.boot", __doc__)
     parser.add_argument("--geometries", type=lambda text: tuple(text.split(",")), default=GEOMETRIES[:1])
     parser.add_argument("--repeats", type=int, default=3, help="cold and warm boots each, in turn (default 3)")
+    parser.add_argument("--no-first", action="store_true", help="everything was read in this session already")
     parser.add_argument("--device", default="cuda", help="cpu to try it out with a tiny geometry")
     options = parser.parse_args(argv)
     exit_when_told()
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         boots: dict[str, list[dict[str, Any]]] = {"first": [], "cold": [], "warm": []}
         with tempfile.TemporaryDirectory() as folder:
             for number in range(options.repeats):
-                if not number:
+                if not number and not options.no_first:
                     boots["first"].append(boot(geometry, Path(folder) / "first", options.device))
                 for kind in ("cold", "warm"):
                     boots[kind].append(boot(geometry, Path(folder) / str(number), options.device))

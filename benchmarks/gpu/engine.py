@@ -54,6 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=MAX_NUM_SEQS)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--utilization", type=float, default=0.9)
+    parser.add_argument("--repeats", type=int, default=3, help="of every measurement of throughput (default 3)")
     parser.add_argument("--seconds", type=float, help="at most, of the process that measures most (default 300)")
     for name in ("--sheet", "--rates"):
         parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
@@ -77,7 +78,8 @@ def start(
     flags = [
         "--process", process, "--geometries", geometry, "--parts", ",".join(options.parts), "--rates", str(rates),
         "--batches", ",".join(map(str, options.batches)), "--device", options.device, "--decoder", options.decoder,
-        "--max-num-seqs", str(options.max_num_seqs), "--utilization", str(options.utilization),
+        "--max-num-seqs", str(options.max_num_seqs), "--repeats", str(options.repeats),
+        "--utilization", str(options.utilization),
         "--max-num-batched-tokens", str(options.max_num_batched_tokens), *(["--quick"] if options.quick else []),
     ]  # fmt: skip
     limit = options.seconds if options.seconds and process == "main" else LIMITS[process]

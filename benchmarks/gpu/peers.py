@@ -58,6 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", type=lambda text: tuple(text.split(",")), default=PARTS)
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
     parser.add_argument("--ours", type=Path, help="gpu_engine.json of this very session")
+    parser.add_argument("--repeats", type=int, default=3, help="of every measurement of throughput (default 3)")
     parser.add_argument("--vllm-seconds", type=float, default=280, help="at most, per geometry (default 280)")
     parser.add_argument("--engine-seconds", type=float, default=240, help="at most, per geometry (default 240)")
     parser.add_argument("--attention-seconds", type=float, default=60, help="at most, each (default 60)")
@@ -68,7 +69,8 @@ def run_ours(options: argparse.Namespace) -> Path:
     """The engine's benchmark; where its result is."""
     command = [
         sys.executable, "-m", "benchmarks.gpu.engine", "--geometries", ",".join(options.geometries), "--batches",
-        options.batches, "--parts", "first_token,decode,prefill,mixed", "--output", str(options.output),
+        options.batches, "--parts", "first_token,decode,prefill,mixed", "--repeats", str(options.repeats),
+        "--output", str(options.output),
     ]  # fmt: skip
     run(command, len(options.geometries) * (options.engine_seconds + 60))
     return Path(options.output) / "gpu_engine.json"
@@ -83,6 +85,7 @@ def read_ours(path: Path | None, geometry: str) -> dict[str, Any]:
 
 def install() -> dict[str, Any]:
     """Unpack the bundle where it is not unpacked yet, with its own versions of what other packages bring too."""
+    FALLBACK.mkdir(exist_ok=True)  # a bundle may have none, where its packages are installed already
     ended = {} if SITE.is_dir() else run(["bash", str(ROOT / ".peer" / "install.sh")], 120)
     for name in OWN_VERSIONS:
         for source in FALLBACK.glob(f"{name}*"):
@@ -96,7 +99,7 @@ def run_vllm(geometry: str, folder: Path, options: argparse.Namespace) -> dict[s
     """Figures of benchmarks.gpu.vllm_arm, and the end of what it said if it failed."""
     sheet, log = folder / f"vllm-{geometry}.json", folder / f"vllm-{geometry}.log"
     command = [sys.executable, "-m", "benchmarks.gpu.vllm_arm", "--geometry", geometry, "--batches", options.batches,
-               "--sheet", str(sheet)]  # fmt: skip
+               "--repeats", str(options.repeats), "--sheet", str(sheet)]  # fmt: skip
     print(f"\n=== vLLM, {geometry}", flush=True)
     ended = run(command, options.vllm_seconds, _path(SITE) | _quiet(), log)
     lines = log.read_text("utf-8", errors="replace").splitlines()

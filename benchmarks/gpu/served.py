@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import statistics
 import subprocess
@@ -48,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         for geometry in options.geometries:
             make_checkpoint(geometry)
             figures[geometry] = {}
-            for process in ("engine", "services"):
+            if options.ours:
+                figures[geometry]["engine"] = read_engine(options.ours, geometry)
+            for process in ("services",) if options.ours else ("engine", "services"):
                 print(f"\n=== {geometry}: {process}", flush=True)
                 figures[geometry][process] = start(process, geometry, folder, options)
                 figures[geometry]["ratios"] = ratios(figures[geometry])
@@ -65,6 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="out, of every request (default 128)")
     parser.add_argument("--clients", type=int, default=4, help="client processes (default 4)")
     parser.add_argument("--preprocess", type=int, default=4, help="preprocess services of the arm with several")
+    parser.add_argument("--ours", type=Path, help="gpu_engine.json of this session, instead of the arm in process")
     parser.add_argument("--device", default="cuda", help="cpu to try it out with a tiny geometry")
     parser.add_argument("--seconds", type=float, default=240, help="at most, of each of the two processes")
     parser.add_argument("--sheet", type=Path, help=argparse.SUPPRESS)
@@ -89,6 +93,15 @@ def start(process: str, geometry: str, folder: Path, options: argparse.Namespace
         "--preprocess", str(options.preprocess), "--device", options.device,
     ]  # fmt: skip
     return run_module("benchmarks.gpu.served", *flags, sheet=folder / f"{process}.json", limit=options.seconds)
+
+
+def read_engine(path: Path, geometry: str) -> dict[str, Any]:
+    """The engine's own tokens per second as its benchmark has them, for the same numbers of requests at once."""
+    parts = json.loads(path.read_text("utf-8"))["figures"].get(geometry, {}).get("main", {})
+    return {
+        f"{IN_PROCESS}, {part['batch']}": {"tokens_per_second": part["tokens_per_second"], "from": path.name}
+        for name, part in parts.items() if name.startswith("decode_") and "tokens_per_second" in part
+    }  # fmt: skip
 
 
 def in_process(sheet: Sheet, options: argparse.Namespace) -> None:
@@ -127,9 +140,9 @@ def services(sheet: Sheet, options: argparse.Namespace) -> None:
         arms = {STAND_INS: [executor], ONE: preprocess[:1], SEVERAL: preprocess}
         if options.preprocess < 2:
             del arms[SEVERAL]
+        _run_all(arms, model, geometry, min(*options.concurrency, 16), 0, options, clients)
         for count in options.concurrency:
             runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
-            _run_all(arms, model, geometry, min(count, 16), 0, options, clients)
             for seed in range(options.repeats):
                 for arm, figures in _run_all(arms, model, geometry, count, 100 + seed, options, clients, pids).items():
                     runs[arm].append(figures)

@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.vllm_arm", description=__doc__)
     parser.add_argument("--geometry", default="llava-1.5-7b")
     parser.add_argument("--batches", type=lambda text: tuple(map(int, text.split(","))), default=BATCHES)
+    parser.add_argument("--repeats", type=int, default=3, help="of the prefill (default 3)")
     parser.add_argument("--utilization", type=float, default=0.9)
     parser.add_argument("--sheet", type=Path, required=True)
     options = parser.parse_args(argv)
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     sheet.measure("first_token", arm.first_token)
     for batch in options.batches:
         sheet.measure(f"decode_{batch}", lambda b=batch: arm.decode(b))
-    sheet.measure("prefill", arm.prefill)
+    sheet.measure("prefill", lambda: arm.prefill(options.repeats))
     sheet.measure("mixed", arm.mixed)
     return 0
 
@@ -145,10 +146,10 @@ class Arm:
         )  # fmt: skip
         return figures
 
-    def prefill(self) -> dict[str, Any]:
+    def prefill(self, repeats: int) -> dict[str, Any]:
         """Pictures per second, rendered beforehand."""
         count, seconds = PREFILLS[self._geometry], []
-        for number in range(3):
+        for number in range(repeats):
             began, _, trace = self._bench.drive(self._rendered(count, 2000 + number), 1, rendered=True)
             seconds.append(trace[-1][0] - began)
         rate = count / self._workload.median(seconds)
