@@ -122,26 +122,31 @@ __device__ __forceinline__ void find_largest(
         if (kSlack && (most - rows.maximum[row]) * factor <= kSlack) most = rows.maximum[row];
         // A row that has seen nothing yet keeps zeros: minus infinity less itself is no number.
         shift[row] = most == minus_infinity() ? 0.0f : most * factor;
-        corrections[row] = exp2_of(rows.maximum[row] * factor - shift[row]);
+        corrections[row] = most == rows.maximum[row] ? 1.0f : exp2_of((rows.maximum[row] - most) * factor);
         rows.maximum[row] = most;
     }
 }
 
-// Scores become exponentials, which are added to their rows' sums.
-template <int kCount>
+// Exponentials of the scores, added to their rows' sums and made the first operand of the next product: 16 columns are
+// four registers.
+template <typename T, int kCount>
 __device__ __forceinline__ void exponentiate(
-    float (&scores)[kCount], Rows& rows, float factor, const float (&shift)[2], const float (&corrections)[2]) {
-    float sums[2][2] = {};
+    const float (&scores)[kCount], Rows& rows, float factor, const float (&shift)[2], const float (&corrections)[2],
+    unsigned (&weights)[kCount / 2]) {
+    float sums[2][4] = {};
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
-        const int row = i % 2, chain = i / 2 % 2;
-        scores[2 * i] = exp2_of(scores[2 * i] * factor - shift[row]);
-        scores[2 * i + 1] = exp2_of(scores[2 * i + 1] * factor - shift[row]);
-        sums[row][chain] += scores[2 * i] + scores[2 * i + 1];
+        const int row = i % 2, chain = i / 2 % 2 * 2;
+        const float first = exp2_of(scores[2 * i] * factor - shift[row]);
+        const float second = exp2_of(scores[2 * i + 1] * factor - shift[row]);
+        sums[row][chain] += first;
+        sums[row][chain + 1] += second;
+        weights[i] = pair<T>(first, second);
     }
 #pragma unroll
     for (int row = 0; row < 2; ++row)
-        rows.sum[row] = rows.sum[row] * corrections[row] + (sums[row][0] + sums[row][1]);
+        rows.sum[row] = rows.sum[row] * corrections[row] +
+                        ((sums[row][0] + sums[row][1]) + (sums[row][2] + sums[row][3]));
 }
 
 // The reciprocals of both rows' sums, which all lanes of a row know then.
@@ -153,13 +158,6 @@ __device__ __forceinline__ void reciprocals(const Rows& rows, float (&inverse)[2
 template <int kCount> __device__ __forceinline__ void scale_rows(float (&out)[kCount], const float (&factors)[2]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) out[i] *= factors[i / 2 % 2];
-}
-
-// Results of a product as the first operand of the next: 16 columns are four registers.
-template <typename T, int kCount>
-__device__ __forceinline__ void to_operand(const float (&scores)[kCount], unsigned (&operand)[kCount / 2]) {
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) operand[i] = pair<T>(scores[2 * i], scores[2 * i + 1]);
 }
 
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {

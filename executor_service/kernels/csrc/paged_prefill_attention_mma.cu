@@ -203,10 +203,9 @@ __device__ __forceinline__ void attend(
         if (hides)
             prefill::mask(scores, own_position + lane / 4, tile * kKeys + lane % 4 * 2, window);
         prefill::find_largest<0>(scores, rows, scaling.factor, shift, corrections);
-        prefill::exponentiate(scores, rows, scaling.factor, shift, corrections);
         prefill::scale_rows(outputs, corrections);
         unsigned weights[kKeys / 4];
-        prefill::to_operand<T>(scores, weights);
+        prefill::exponentiate<T>(scores, rows, scaling.factor, shift, corrections, weights);
         add_weighted_values<T, kDim>(outputs, weights, values + stage * kTileBytes);
     }
     let_next_begin();
