@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -36,9 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     with sheets(options.output) as folder:
         for geometry in options.geometries:
             figures[geometry] = {}
-            for process in ("rates", "main", "worst"):
-                if process != "worst" or "worst" in options.parts:
-                    figures[geometry][process] = start(process, geometry, folder, options, figures[geometry])
+            for process in processes(options.parts):
+                figures[geometry][process] = start(process, geometry, folder, options, figures[geometry])
                 write_result("gpu_engine", figures, options, load_before)
     return 0
 
@@ -64,6 +64,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
+
+
+def processes(parts: Sequence[str]) -> list[str]:
+    """Those that the parts need, in order."""
+    measuring = ["rates", "main"] if set(parts) - {"worst"} else []
+    return [*measuring, *(["worst"] if "worst" in parts else [])]
 
 
 def start(
