@@ -126,6 +126,7 @@ def test_a_gpu_that_fails_ends_every_request_and_the_process(checkpoint: Path, p
                 assert "CUDA" in answer.status.message or "device-side assert" in answer.status.message
             assert 0 < len(peer.answers[2].tokens) < 1500
         with contextlib.suppress(grpc.RpcError):  # it may be gone before it says so
-            assert next(watched).status == NOT_SERVING
+            said = next(watched, None)
+            assert said is None or said.status == NOT_SERVING
         assert process.wait(30) == 1
     assert any("device-side assert" in line for line in log)
