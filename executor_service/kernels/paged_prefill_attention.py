@@ -167,7 +167,7 @@ def _mma(dtype: torch.dtype, head_dim: int) -> _Launch:
 
 def _wgmma(device: int, dtype: torch.dtype, head_dim: int, kind: str = "") -> _Launch:
     types = (BY_VALUE, BY_VALUE, *[POINTER] * 6, INT, INT, INT, INT, LONG, FLOAT, INT, FLOAT, INT, INT)
-    shared_bytes = (2 * _ROWS + 4 * _KEYS) * head_dim * dtype.itemsize + 2048
+    shared_bytes = (3 * _ROWS + 4 * _KEYS) * head_dim * dtype.itemsize + 2048
     name = f"{_SOURCE}_wgmma_{dtype_name(dtype)}_{head_dim}{kind}"
     run = kernel(f"{_SOURCE}_wgmma", name, types, shared_bytes, is_dependent=True)
     num_blocks, counters = num_multiprocessors(device), itertools.cycle(_counters(device))

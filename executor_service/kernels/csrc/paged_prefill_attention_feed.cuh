@@ -31,7 +31,7 @@ struct Arguments {
 constexpr int kRows = 64 * kGroups;  // queries of a tile
 constexpr int kKeys = 128;           // keys of a tile
 constexpr int kStages = 2;           // tiles of keys, and of values, in shared memory
-constexpr int kSlots = 2;            // tiles of queries there: one in work, one to come
+constexpr int kSlots = 3;            // tiles of queries there: in work, and to come
 constexpr int kQueryWarps = 3;       // bring them
 
 // A tile of queries of one head, and the tiles of keys that it sees. No rows: there is nothing left to do.
@@ -44,8 +44,19 @@ template <int kDim> struct Shared {
     static constexpr int kHalves = kDim / 64;
     static constexpr int kAtom = 1024;
     static constexpr int kTile = 128 * kDim * 2;
-    enum Barrier { kWork, kQueries = 2, kSlotFree = 4, kKeysThere = 6, kValuesThere = 8, kKeysFree = 10,
-                   kValuesFree = 12, kTail = 14, kNearlyDone = 15 };
+    enum Barrier {
+        kWork = 0,
+        kQueries = kWork + kSlots,
+        kSlotFree = kQueries + kSlots,
+        kKeysThere = kSlotFree + kSlots,
+        kValuesThere = kKeysThere + kStages,
+        kKeysFree = kValuesThere + kStages,
+        kValuesFree = kKeysFree + kStages,
+        kTail = kValuesFree + kStages,
+        kNearlyDone,
+        kNumBarriers
+    };
+    static constexpr int kBarriers = (2 * kStages + kSlots) * kTile, kWorks = kBarriers + (8 * kNumBarriers + 15) / 16 * 16;
 
     unsigned char* base;
     unsigned address;
@@ -54,21 +65,23 @@ template <int kDim> struct Shared {
     __device__ __forceinline__ unsigned keys(int stage) const { return address + (kSlots + stage) * kTile; }
     __device__ __forceinline__ unsigned values(int stage) const { return keys(kStages + stage); }
     __device__ __forceinline__ unsigned barrier(int which, int index = 0) const {
-        return address + (2 * kStages + kSlots) * kTile + 8 * (which + index);
+        return address + kBarriers + 8 * (which + index);
     }
     __device__ __forceinline__ Work& work(int slot) const {
-        return reinterpret_cast<Work*>(base + (2 * kStages + kSlots) * kTile + 128)[slot];
+        return reinterpret_cast<Work*>(base + kWorks)[slot];
     }
-    __device__ __forceinline__ unsigned unread() const { return barrier(0) + 128 + kSlots * sizeof(Work); }
+    __device__ __forceinline__ unsigned unread() const { return address + kWorks + kSlots * static_cast<int>(sizeof(Work)); }
     // Where the 16-byte pack of a row lies in a tile.
     static __device__ __forceinline__ int at(int row, int pack) {
         return (row / 8 * kHalves + pack / 8) * kAtom + row % 8 * 128 + (pack % 8 ^ row % 8) * 16;
     }
     __device__ __forceinline__ void init_barriers() const {
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < kSlots; ++i) {
             init_barrier(barrier(kWork, i), 1);
             init_barrier(barrier(kQueries, i), kQueryWarps);
             init_barrier(barrier(kSlotFree, i), 1 + 4 * kGroups);
+        }
+        for (int i = 0; i < kStages; ++i) {
             init_barrier(barrier(kKeysThere, i), 1);
             init_barrier(barrier(kValuesThere, i), 1);
             init_barrier(barrier(kKeysFree, i), 4 * kGroups);

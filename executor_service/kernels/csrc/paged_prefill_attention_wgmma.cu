@@ -227,7 +227,7 @@ template <typename T, int kDim, int kVariant> struct Warpgroup {
             settle(outputs);
             release(S::kValuesFree, count);
             if (is_last)
-                store(outputs, work, finished, num_drawn % kSlots);
+                store(outputs, work, finished, (num_drawn - 2) % kSlots);
             else
                 rescale(outputs, corrections);
             exponentiate<T>(scores, rows, scaling.factor, shift, corrections, weights);
