@@ -30,7 +30,7 @@ _THREADS: Final = 1024
 _PACK: Final = 4
 """Tokens that one thread looks at together."""
 _MAX_WIDTH: Final = 2**18
-_STATIC_SHARED_BYTES: Final = 24 * 1024
+_STATIC_SHARED_BYTES: Final = 26 * 1024
 """More than the kernel has besides the row."""
 _TYPES: Final = (POINTER,) * 14 + (INT,) * 6
 

@@ -2,8 +2,12 @@
 //
 // A row that needs more than its argmax is kept as float32, in shared memory where it fits, else in memory that the
 // caller lends. A probability is an integer: exp((x - max) / temperature) in units of 2^-40. Their sums are exact, so
-// the draw is an exact inverse transform of what these integers say, whatever the order of additions. Thresholds come
-// from a radix selection: three histograms of the bits of the value, by number of tokens or by probability.
+// the draw is an exact inverse transform of what these integers say, whatever the order of additions. (Only within the
+// 4 tokens that a thread reads together are they added as float32, always in the same order.)
+//
+// No sort: a threshold, by number of tokens or by probability, lies in one bin of a histogram over the distance from the
+// largest value; the few tokens of that bin are listed and compared with each other. Where they are many, as among
+// equal values, a radix selection over the bits of the values takes the histogram's place.
 #include "dependent.cuh"
 #include "numbers.cuh"
 #include "sample_block.cuh"
@@ -11,9 +15,9 @@
 namespace {
 
 constexpr float kOne = 1099511627776.0f;  // a probability of 1, before normalisation: 2^40
-// Up to so many of the best are found among those that are no less than the least of all warps' (or parts of a warp's)
-// best; of these there are at least as many as there are warps (or parts).
-constexpr int kMaxTopOfWarps = 32, kMaxTopOfHalves = 64;
+// Up to so many of the best tokens are found among those that are no less than so many threads' best.
+constexpr int kMaxBestOfThreads = 128;
+constexpr float kBinsPerHalving = 100.0f;  // of the probability; kBins of them reach down to 2^-20 of the largest
 
 enum Real { kTemperature, kMinP, kTopP, kRepetition, kPresence, kFrequency, kNumReals };
 enum Integer {
@@ -31,182 +35,310 @@ struct Tables {
     int max_biases, max_bans, seen_bytes, counts_width;
 };
 
+// The tables' rows of this block's request; in shared memory, since as a function's argument it goes through memory.
+struct Parameters {
+    const double* reals;
+    const long long* integers;
+    const int* bias_ids;
+    const double* bias_values;
+    const int* ban_ids;
+    const unsigned char* prompt_seen;
+    short* output_counts;
+
+    __device__ __forceinline__ void point_to(long long slot, const Tables& tables) {
+        reals = tables.reals + slot * kNumReals;
+        integers = tables.integers + slot * kNumIntegers;
+        bias_ids = tables.bias_ids + slot * tables.max_biases;
+        bias_values = tables.bias_values + slot * tables.max_biases;
+        ban_ids = tables.ban_ids + slot * tables.max_bans;
+        prompt_seen = tables.prompt_seen + slot * tables.seen_bytes;
+        output_counts = tables.output_counts + slot * tables.counts_width;
+    }
+};
+
+__shared__ Parameters parameters;
+
 __device__ __forceinline__ float exp2_of(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
+__device__ __forceinline__ void prefetch(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // --- a row's values ----------------------------------------------------------------------------------
 
-// Every thread has the same elements in every pass; in token order they are 4 of each group of kGroup.
-template <typename Visit> __device__ __forceinline__ void for_each(const float* values, int width, Visit&& visit) {
-    for (int at = threadIdx.x * 4; at < width; at += kThreads * 4) {
-        const float4 pack = *reinterpret_cast<const float4*>(values + at);
-        visit(pack.x, at);
-        visit(pack.y, at + 1);
-        visit(pack.z, at + 2);
-        visit(pack.w, at + 3);
-    }
-}
+extern __shared__ float4 row_in_shared[];
 
-// `measure(value, id)` of a group's tokens: this lane's four.
-template <typename Measure>
-__device__ __forceinline__ void measure_group(
-    const float* values, int width, int group, uint64 (&amounts)[4], Measure&& measure) {
-    const int at = group * kGroup + lane_of() * 4;
-    for (int e = 0; e < 4; ++e) amounts[e] = 0;
-    if (at >= width) return;
-    const float4 pack = *reinterpret_cast<const float4*>(values + at);
-    amounts[0] = measure(pack.x, at);
-    amounts[1] = measure(pack.y, at + 1);
-    amounts[2] = measure(pack.z, at + 2);
-    amounts[3] = measure(pack.w, at + 3);
+// Where the row is kept. The steps that follow are functions of their own, which all types of logits have in common.
+template <bool kInShared> __device__ __forceinline__ float* values_of(float* lent) {
+    return kInShared ? reinterpret_cast<float*>(row_in_shared) : lent;
 }
-
-// The first token, in their order, at which the sum of `measure` reaches `target_of(total)`, which is 1 to the total.
-template <typename Measure, typename Target>
-__device__ __forceinline__ int token_at(
-    const float* values, int width, Shared& shared, Measure&& measure, Target&& target_of) {
-    const int num_groups = (width + kGroup - 1) / kGroup;
-    uint64 amounts[4];
-    clear_amounts(shared);
-    for (int group = warp_of(); group < num_groups; group += kWarps) {
-        measure_group(values, width, group, amounts, measure);
-        const uint64 sum = sum_of_warp(amounts[0] + amounts[1] + amounts[2] + amounts[3]);
-        if (lane_of() == 0) shared.low[group] = static_cast<unsigned>(sum), shared.high[group] = sum >> 32;
-    }
-    __syncthreads();
-    const uint64 first = amount_at(2 * threadIdx.x, shared), second = amount_at(2 * threadIdx.x + 1, shared);
-    uint64 total;
-    const uint64 before = sum_before(first + second, total, shared);
-    if (total == 0) return kNoToken;
-    locate(before, first, second, target_of(total), shared);
-    const int group = shared.place;
-    const uint64 target = shared.left;
-    __syncthreads();
-    if (warp_of() == 0) {
-        measure_group(values, width, group, amounts, measure);
-        const uint64 sum = amounts[0] + amounts[1] + amounts[2] + amounts[3];
-        uint64 reached = sum_up_to_lane(sum) - sum;
-        if (reached < target && target <= reached + sum) {
-            int e = 0;
-            while (reached + amounts[e] < target) reached += amounts[e++];
-            shared.place = group * kGroup + lane_of() * 4 + e;
-        }
-    }
-    __syncthreads();
-    return shared.place;
-}
-
-// --- what is left in ----------------------------------------------------------------------------------
 
 // The last token that is kept, in the order of falling values and rising ids.
 struct Cut {
     float value;
     int id;
 
-    __device__ __forceinline__ bool keeps(float other, int other_id) const {
-        return other > value || (other == value && other_id <= id);
+    __device__ __forceinline__ float above() const { return value_of(key_of(value) + 1); }
+};
+
+__device__ __forceinline__ Cut everything() { return {-infinity(), kNoToken}; }
+
+// Four values of which those that the cut keeps are no less than `least`.
+struct Four {
+    float values[4], least;
+
+    __device__ __forceinline__ Four(const float* row, int at, Cut cut, float above) {
+        const float4 pack = *reinterpret_cast<const float4*>(row + at);
+        values[0] = pack.x, values[1] = pack.y, values[2] = pack.z, values[3] = pack.w;
+        least = at <= cut.id ? cut.value : above;
+        if (at <= cut.id && cut.id < at + 3) {
+            for (int e = 1; e < 4; ++e)
+                if (at + e > cut.id && values[e] == cut.value) values[e] = -infinity();
+        }
     }
 };
 
-// exp((x - max) / temperature) as an integer, 0 where min-p leaves the token out.
+// Every thread has the same elements in every pass; in token order they are 4 of each group of kGroup.
+template <typename Visit>
+__device__ __forceinline__ void for_each_four(const float* values, int width, Cut cut, Visit&& visit) {
+    const float above = cut.above();
+#pragma unroll 1
+    for (int at = threadIdx.x * 4; at < width; at += kThreads * 4) visit(Four(values, at, cut, above), at);
+}
+
+template <typename Visit>
+__device__ __forceinline__ void for_each(const float* values, int width, Cut cut, Visit&& visit) {
+    for_each_four(values, width, cut, [&](const Four& four, int at) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            if (four.values[e] >= four.least) visit(four.values[e], at + e);
+    });
+}
+
+// For few tokens: one branch for four of them.
+template <typename Visit>
+__device__ __forceinline__ void for_each_of_few(const float* values, int width, Cut cut, Visit&& visit) {
+    for_each_four(values, width, cut, [&](const Four& four, int at) {
+        const float most = fmaxf(fmaxf(four.values[0], four.values[1]), fmaxf(four.values[2], four.values[3]));
+        if (!(most >= four.least)) return;
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            if (four.values[e] >= four.least) visit(four.values[e], at + e);
+    });
+}
+
+// exp((x - max) / temperature): as a number, as an integer in units of 2^-40, and in bins, the largest values first.
 struct Weights {
-    float max, scale, least;
+    float scale, offset;
 
-    __device__ __forceinline__ uint64 operator()(float value) const {
-        if (value == max) return static_cast<uint64>(kOne);
-        const float below = value - max;
-        return below >= least ? __float2ull_rn(exp2_of(below * scale) * kOne) : 0;
+    __device__ __forceinline__ float number(float value) const { return exp2_of(fmaf(value, scale, -offset)); }
+    __device__ __forceinline__ uint64 operator()(float value) const { return __float2ull_rn(number(value) * kOne); }
+    __device__ __forceinline__ float place(float value) const {
+        return fmaf(value, -kBinsPerHalving * scale, kBinsPerHalving * offset);
     }
+    __device__ __forceinline__ int bin(float value) const { return min(__float2uint_rz(place(value)), kBins - 1u); }
 };
 
-// The last token within `target_of(total)` of the amounts that `measure` gives to values, among those that `outer` keeps.
-template <typename Measure, typename Target>
-__device__ __forceinline__ Cut cut_at(
-    const float* values, int width, Cut outer, Shared& shared, Measure&& measure, Target&& target_of) {
+// --- what is left in, and what is drawn ----------------------------------------------------------------
+
+// The amount of the first `count` of this lane's four tokens of a group: their weights, or how many have one value.
+template <bool kOfValue>
+__device__ __forceinline__ uint64 amount_of(
+    const float* values, int width, int at, int count, Cut cut, float above, Weights weights, float value) {
+    if (at >= width) return 0;
+    const Four four(values, at, cut, above);
+    float sum = 0.0f;
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+        if (e < count && four.values[e] >= four.least)
+            sum += kOfValue ? four.values[e] == value : weights.number(four.values[e]);
+    return __float2ull_rn(kOfValue ? sum : sum * kOne);
+}
+
+// The first token, in their order, at which a sum over those that `cut` keeps reaches its target: over their weights, a
+// number drawn from all of them with `random`; or over the tokens of one value, of which it is number `random`.
+template <bool kInShared, bool kOfValue>
+__device__ __noinline__ int token_at(float* lent, int width, Cut cut, Weights weights, float value, uint64 random) {
+    const float* const values = values_of<kInShared>(lent);
+    const float above = cut.above();
+    const int num_groups = (width + kGroup - 1) / kGroup;
+#pragma unroll 1
+    for (int group = warp_of(); group < num_groups; group += kWarps) {
+        const int at = group * kGroup + lane_of() * 4;
+        const uint64 sum = sum_of_warp(amount_of<kOfValue>(values, width, at, 4, cut, above, weights, value));
+        if (lane_of() == 0) shared.low[group] = static_cast<unsigned>(sum), shared.high[group] = sum >> 32;
+    }
+    __syncthreads();
+    const int place = 2 * threadIdx.x;
+    const uint64 first = place < num_groups ? amount_at(place) : 0;
+    const uint64 second = place + 1 < num_groups ? amount_at(place + 1) : 0;
+    const Sums sums = sum_before(first + second);
+    if (sums.total == 0) return kNoToken;
+    locate(sums.before, first, second, kOfValue ? random : __umul64hi(random, sums.total) + 1);
+    const int at = shared.place * kGroup + lane_of() * 4;
+    const uint64 target = shared.left;
+    __syncthreads();
+    if (warp_of() == 0) {
+        const uint64 sum = amount_of<kOfValue>(values, width, at, 4, cut, above, weights, value);
+        const uint64 reached = sum_up_to_lane(sum) - sum;
+        if (reached < target && target <= reached + sum) {
+            int e = 0;
+            while (reached + amount_of<kOfValue>(values, width, at, e + 1, cut, above, weights, value) < target) ++e;
+            shared.place = at + e;
+        }
+    }
+    __syncthreads();
+    return shared.place;
+}
+
+// The listed token at which the sum of amounts, from the best one on, reaches `target`.
+__device__ __forceinline__ Cut cut_in_list(int num_listed, uint64 target) {
+    const Compared mine = compare_listed(num_listed, kByOrder);
+    if (mine.place >= 0 && mine.sums.before < target && target <= mine.sums.before + shared.listed_amounts[mine.place])
+        shared.place = mine.place;
+    __syncthreads();
+    const Best last = best_in(shared.listed[min(shared.place, kMaxListed - 1)]);  // none is found among NaN
+    __syncthreads();
+    return {last.value, last.id};
+}
+
+// A value such that the `count` best tokens are no less, and few others. `mine` is this thread's best.
+__device__ __noinline__ Cut least_of_best(int count, float mine) {
+    const unsigned key = key_of(mine) >> 16;
+    unsigned least = 0;
+#pragma unroll 1
+    for (unsigned bit = 1u << 15; bit; bit /= 2)
+        if (__syncthreads_count(key >= (least | bit)) >= count) least |= bit;
+    const float value = value_of(least << 16);
+    return {value == value ? value : -infinity(), kNoToken};
+}
+
+// Where the sum of amounts from the best token on reaches its target: `most` tokens, or this share of all weights.
+template <bool kByWeight> __device__ __forceinline__ uint64 target_of(double most, uint64 total) {
+    const uint64 target = static_cast<uint64>(ceil(kByWeight ? most * static_cast<double>(total) : most));
+    return min(max(target, uint64{1}), total);
+}
+
+// As `cut_at`, bit by bit of the values.
+template <bool kInShared, bool kByWeight>
+__device__ __noinline__ Cut cut_by_bits(float* lent, int width, Cut outer, Weights weights, double most) {
+    const float* const values = values_of<kInShared>(lent);
+    const Amounts amounts;
     unsigned prefix = 0;
     uint64 target = 0;
-#pragma unroll
+#pragma unroll 1
     for (int level = 0; level < 3; ++level) {
         const int shift = level == 0 ? 21 : level == 1 ? 10 : 0, bits = level == 2 ? 10 : 11;
-        clear_amounts(shared);
-        for_each(values, width, [&](float value, int id) {
+        clear_amounts();
+        for_each(values, width, outer, [&](float value, int) {
             const unsigned key = key_of(value);
-            if ((level && key >> ((shift + bits) & 31) != prefix) || !outer.keeps(value, id)) return;
-            const uint64 amount = measure(value);
-            if (amount) add_amount(key >> shift & ((1 << bits) - 1), amount, shared);
+            if (level && key >> ((shift + bits) & 31) != prefix) return;
+            const uint64 amount = kByWeight ? weights(value) : 1;
+            const int bin = key >> shift & ((1 << bits) - 1);
+            amounts.add_high(true, bin, amount, amounts.add_low(true, bin, amount));
         });
         __syncthreads();
         const int bin = kBins - 1 - 2 * threadIdx.x;  // the largest values first
-        const uint64 first = amount_at(bin, shared), second = amount_at(bin - 1, shared);
-        uint64 total;
-        const uint64 before = sum_before(first + second, total, shared);
-        if (total == 0) return outer;
-        if (level == 0) target = target_of(total);
-        locate(before, first, second, target, shared);
+        const uint64 first = amount_at(bin), second = amount_at(bin - 1);
+        const Sums sums = sum_before(first + second);
+        if (sums.total == 0) return outer;
+        if (level == 0) target = target_of<kByWeight>(most, sums.total);
+        locate(sums.before, first, second, target);
         prefix = prefix << bits | (kBins - 1 - shared.place);
         target = shared.left;
     }
     const float value = value_of(prefix);
-    const uint64 each = measure(value), rank = (target + each - 1) / each;
+    const uint64 each = kByWeight ? weights(value) : 1, rank = (target + each - 1) / each;
     const bool all = rank * each >= shared.amount;
     __syncthreads();
     if (all) return {value, value == outer.value ? outer.id : kNoToken};
-    const auto is_tie = [&](float other, int id) -> uint64 { return other == value && outer.keeps(other, id); };
-    return {value, token_at(values, width, shared, is_tie, [&](uint64) { return rank; })};
+    return {value, token_at<kInShared, true>(lent, width, outer, weights, value, rank)};
 }
 
-// Lists the tokens that `keeps` keeps; their number, of which no more than kMaxListed are in the list.
-template <typename Keeps>
-__device__ __forceinline__ int list_tokens(const float* values, int width, Shared& shared, Keeps&& keeps) {
-    if (threadIdx.x == 0) shared.num_listed = 0;
-    __syncthreads();
-    for_each(values, width, [&](float value, int id) {
-        if (!keeps(value, id)) return;
-        const int place = atomicAdd(&shared.num_listed, 1);
-        if (place < kMaxListed) shared.listed_values[place] = value, shared.listed_ids[place] = id;
-    });
-    __syncthreads();
-    return shared.num_listed;
-}
-
-// Lists the `count` best tokens and maybe some more; returns how many. `mine` is the best value of this thread's.
-__device__ __forceinline__ int list_best(const float* values, int width, int count, float mine, Shared& shared) {
-    unsigned key = key_of(mine);
-    for (int offset = 8; offset; offset /= 2) key = max(key, __shfl_xor_sync(kAllLanes, key, offset));
-    if (count <= kMaxTopOfWarps) key = max(key, __shfl_xor_sync(kAllLanes, key, 16));
-    const float least = value_of(min_of_block(key, shared));
-    return list_tokens(values, width, shared, [&](float value, int) { return value >= least; });
-}
-
-// How many of the list come before this thread's, in the order of falling values and rising ids.
-__device__ __forceinline__ int rank_in_list(int num_listed, const Shared& shared) {
-    const float value = shared.listed_values[threadIdx.x];
-    const int id = shared.listed_ids[threadIdx.x];
-    int rank = 0;
-    for (int i = 0; i < num_listed; ++i) {
-        const float other = shared.listed_values[i];
-        rank += other > value || (other == value && shared.listed_ids[i] < id);
-    }
-    return rank;
-}
-
-__device__ __forceinline__ Cut top_k_cut(const float* values, int width, int top_k, float mine, Shared& shared) {
-    if (top_k <= kMaxTopOfHalves) {
-        const int num_listed = list_best(values, width, top_k, mine, shared);
-        if (num_listed <= kMaxListed) {
-            if (threadIdx.x < num_listed && rank_in_list(num_listed, shared) == top_k - 1) shared.place = threadIdx.x;
-            __syncthreads();
-            const Cut cut = {shared.listed_values[shared.place], shared.listed_ids[shared.place]};
-            __syncthreads();
-            return cut;
+// The last of the `most` best tokens among those that `outer` keeps; or of the best that have this share of their weight.
+template <bool kInShared, bool kByWeight>
+__device__ __noinline__ Cut cut_at(float* lent, int width, Cut outer, Weights weights, double most) {
+    const float* const values = values_of<kInShared>(lent);
+    const Amounts amounts;
+    clear_amounts();
+    float far = 0.0f;  // of the last bin, which all threads have much of
+    for_each_four(values, width, outer, [&](const Four& four, int) {
+        uint64 each[4];
+        unsigned before[4];
+        int bins[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const float number = kByWeight ? weights.number(four.values[e]) : 1.0f;
+            const bool is_kept = four.values[e] >= four.least;
+            bins[e] = is_kept ? weights.bin(four.values[e]) : kBins - 1;
+            each[e] = kByWeight ? __float2ull_rn(number * kOne) : 1;
+            if (is_kept && bins[e] == kBins - 1) far += number;
         }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) before[e] = amounts.add_low(bins[e] != kBins - 1, bins[e], each[e]);
+#pragma unroll
+        for (int e = 0; e < 4 && kByWeight; ++e) amounts.add_high(bins[e] != kBins - 1, bins[e], each[e], before[e]);
+    });
+    const uint64 rest = sum_of_warp(__float2ull_rn(kByWeight ? far * kOne : far));
+    if (lane_of() == 0) amounts.add_high(true, kBins - 1, rest, amounts.add_low(true, kBins - 1, rest));
+    __syncthreads();
+    const uint64 first = amount_at(2 * threadIdx.x), second = amount_at(2 * threadIdx.x + 1);
+    const Sums sums = sum_before(first + second);
+    if (sums.total == 0) return outer;
+    locate(sums.before, first, second, target_of<kByWeight>(most, sums.total));
+    const int bin = shared.place;
+    const uint64 target = shared.left;
+    begin_list();
+    if (bin < kBins - 1) {
+        const float first_place = bin ? bin : -infinity(), last_place = bin + 1;
+        for_each_four(values, width, outer, [&](const Four& four, int at) {
+            bool is_there[4];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const float place = weights.place(four.values[e]);
+                is_there[e] = place >= first_place && place < last_place && four.values[e] >= four.least;
+            }
+            if (!(is_there[0] || is_there[1] || is_there[2] || is_there[3])) return;
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                if (is_there[e]) add_to_list(four.values[e], at + e, kByWeight ? weights(four.values[e]) : 1);
+        });
+        __syncthreads();
+        const int num_listed = shared.num_listed;
+        if (num_listed <= kMaxListed) return cut_in_list(num_listed, target);
     }
-    const Cut everything = {-infinity(), kNoToken};
-    return cut_at(values, width, everything, shared, [](float) -> uint64 { return 1; },
-                  [&](uint64) -> uint64 { return top_k; });
+    return cut_by_bits<kInShared, kByWeight>(lent, width, outer, weights, most);
+}
+
+// Draws among the `top_k` best of the listed tokens which `cut` keeps, and of these the best that have the share `top_p`.
+__device__ __noinline__ int draw_in_list(int num_listed, int top_k, Cut cut, double top_p, Weights weights, uint64 random) {
+    Compared mine = compare_listed(num_listed, kByOrder);
+    __syncthreads();
+    if (mine.place >= 0) {
+        const float value = best_in(shared.listed[mine.place]).value;
+        const bool is_kept = mine.sums.before < top_k && value >= cut.value;
+        shared.listed_amounts[mine.place] = is_kept ? weights(value) : 0;
+    }
+    __syncthreads();
+    if (top_p < 1) {
+        mine = compare_listed(num_listed, kByOrder);
+        __syncthreads();
+        if (mine.place >= 0 && mine.sums.before >= target_of<true>(top_p, mine.sums.total))
+            shared.listed_amounts[mine.place] = 0;
+        __syncthreads();
+    }
+    mine = compare_listed(num_listed, kById);
+    if (mine.place >= 0) {
+        const uint64 target = __umul64hi(random, mine.sums.total) + 1;
+        if (mine.sums.before < target && target <= mine.sums.before + shared.listed_amounts[mine.place])
+            shared.place = best_in(shared.listed[mine.place]).id;
+    }
+    __syncthreads();
+    return shared.place;
 }
 
 // --- the steps ----------------------------------------------------------------------------------------
@@ -223,137 +355,194 @@ __device__ __forceinline__ uint64 random_bits(uint64 seed, uint64 number) {
     return (static_cast<uint64>(c0) << 32 | c1) & ~uint64{0x7ff};
 }
 
-// The row's best token; `mine` is this thread's. The values are kept where there is a place for them.
+// Elements of a row that can be read in packs: all, or none where rows do not begin at multiples of 16 bytes.
+template <typename T> __device__ __forceinline__ int in_packs(int width) { return width * sizeof(T) % 16 ? 0 : width; }
+
 template <typename T>
-__device__ __forceinline__ Best load_row(const T* logits, int width, float* values, Best& mine, Shared& shared) {
-    mine = {-infinity(), kNoToken};
-    constexpr int kPack = kWide<T>;
-    const int whole = width * sizeof(T) % 16 ? 0 : width;  // else rows do not begin at multiples of 16 bytes
-    for (int at = threadIdx.x * kPack; at < whole; at += kThreads * kPack) {
-        const Pack<T, kPack> pack = load<T, kPack>(logits + at);
-        float numbers[kPack];
+__device__ __forceinline__ void take(const Pack<T, kWide<T>>& pack, int at, float* values, Best& mine) {
+    float numbers[kWide<T>];
 #pragma unroll
-        for (int e = 0; e < kPack; ++e) {
-            numbers[e] = to_float(pack.elements[e]) + 0.0f;  // -0 becomes 0
-            mine.consider(numbers[e], at + e);
-        }
-        if (values == nullptr) continue;
-#pragma unroll
-        for (int e = 0; e < kPack; e += 4)
-            *reinterpret_cast<float4*>(values + at + e) =
-                make_float4(numbers[e], numbers[e + 1], numbers[e + 2], numbers[e + 3]);
+    for (int e = 0; e < kWide<T>; ++e) {
+        numbers[e] = to_float(pack.elements[e]) + 0.0f;  // -0 becomes 0
+        mine.consider(numbers[e], at + e);
     }
-    for (int at = whole + threadIdx.x; at < width; at += kThreads) {
+    if (values == nullptr) return;
+#pragma unroll
+    for (int e = 0; e < kWide<T>; e += 4)
+        *reinterpret_cast<float4*>(values + at + e) =
+            make_float4(numbers[e], numbers[e + 1], numbers[e + 2], numbers[e + 3]);
+}
+
+// This thread's first pack of a row, on its way while parameters are looked up.
+template <typename T> __device__ __forceinline__ Pack<T, kWide<T>> first_pack(const T* logits, int width) {
+    const int at = threadIdx.x * kWide<T>;
+    return at < in_packs<T>(width) ? load<T, kWide<T>>(logits + at) : Pack<T, kWide<T>>();
+}
+
+// This thread's best token. The values are kept where there is a place for them.
+template <typename T>
+__device__ __forceinline__ Best load_row(const T* logits, int width, Pack<T, kWide<T>> pack, float* values) {
+    Best mine = {-infinity(), kNoToken};
+    const int whole = in_packs<T>(width);
+    int at = threadIdx.x * kWide<T>;
+#pragma unroll 1
+    while (at < whole) {
+        const int next = at + kThreads * kWide<T>;
+        const Pack<T, kWide<T>> coming = next < whole ? load<T, kWide<T>>(logits + next) : pack;
+        take<T>(pack, at, values, mine);
+        pack = coming, at = next;
+    }
+#pragma unroll 1
+    for (at = whole + threadIdx.x; at < width; at += kThreads) {
         const float number = to_float(logits[at]) + 0.0f;
         mine.consider(number, at);
         if (values != nullptr) values[at] = number;
     }
     if (values != nullptr && threadIdx.x < (-width & 3)) values[width + threadIdx.x] = -infinity();
-    return best_of_block(mine, shared);
+    return mine;
+}
+
+// Lets the counts come as near as the L2 cache.
+__device__ __forceinline__ void request_counts(const short* counts, int width) {
+    constexpr int kLine = 64;
+    for (int at = threadIdx.x * kLine; at < width; at += kThreads * kLine) prefetch(counts + at);
+}
+
+// Penalties of the tokens in prompt and output; this thread's best token.
+__device__ __forceinline__ Best penalize_row(float* values, int width) {
+    const float repetition = static_cast<float>(parameters.reals[kRepetition]), reciprocal = 1.0f / repetition;
+    const float presence = static_cast<float>(parameters.reals[kPresence]);
+    const float frequency = static_cast<float>(parameters.reals[kFrequency]);
+    Best mine = {-infinity(), kNoToken};
+    constexpr int kInFlight = 4;
+#pragma unroll 1
+    for (int begin = threadIdx.x * 4; begin < width; begin += kInFlight * kThreads * 4) {
+        Pack<short, 4> in_output[kInFlight];
+        unsigned in_prompt[kInFlight];
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) {
+            const int at = begin + k * kThreads * 4;
+            if (at >= width) continue;
+            in_output[k] = load<short, 4>(parameters.output_counts + at);
+            in_prompt[k] = parameters.prompt_seen[at / 8] >> (at & 4);
+        }
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) {
+            const int at = begin + k * kThreads * 4;
+            if (at >= width) continue;
+            float4 pack = *reinterpret_cast<float4*>(values + at);
+            float* const four = &pack.x;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int count = in_output[k].elements[e];
+                if (count || in_prompt[k] >> e & 1) {
+                    const float repeated = four[e] * (four[e] > 0 ? reciprocal : repetition);
+                    four[e] = fmaf(-frequency, static_cast<float>(count), repeated) - (count ? presence : 0.0f) + 0.0f;
+                }
+                mine.consider(four[e], at + e);
+            }
+            *reinterpret_cast<float4*>(values + at) = pack;
+        }
+    }
+    return mine;
 }
 
 // Biases, bans and penalties; a ban is one whether it comes before penalties or behind. Returns what load_row does.
-__device__ __forceinline__ Best adjust_row(
-    float* values, int width, int slot, const Tables& tables, bool is_held_back, Best& mine, Shared& shared) {
-    const long long* integers = tables.integers + slot * kNumIntegers;
-    const double* reals = tables.reals + slot * kNumReals;
+template <bool kInShared> __device__ __noinline__ Best adjust_row(float* lent, int width, bool is_held_back) {
+    float* const values = values_of<kInShared>(lent);
+    const long long* const integers = parameters.integers;
     const int num_biases = integers[kNumBiases];
     const int num_bans = integers[kNumBans] + (is_held_back ? integers[kNumHeldBack] : 0);
     for (int i = threadIdx.x; i < num_biases; i += kThreads) {
-        const int id = tables.bias_ids[static_cast<long long>(slot) * tables.max_biases + i];
-        const double bias = tables.bias_values[static_cast<long long>(slot) * tables.max_biases + i];
-        if (id < width) values[id] = static_cast<float>(values[id] + bias) + 0.0f;
+        const int id = parameters.bias_ids[i];
+        if (id < width) values[id] = static_cast<float>(values[id] + parameters.bias_values[i]) + 0.0f;
     }
     __syncthreads();
     for (int i = threadIdx.x; i < num_bans; i += kThreads) {
-        const int id = tables.ban_ids[static_cast<long long>(slot) * tables.max_bans + i];
+        const int id = parameters.ban_ids[i];
         if (id < width) values[id] = -infinity();
     }
     __syncthreads();
-    mine = {-infinity(), kNoToken};
-    if (!integers[kHasPenalties]) {
-        for_each(values, width, [&](float value, int id) { mine.consider(value, id); });
-        return best_of_block(mine, shared);
-    }
-    const double repetition = reals[kRepetition], reciprocal = 1.0 / repetition;
-    const double presence = reals[kPresence], frequency = reals[kFrequency];
-    const unsigned char* seen = tables.prompt_seen + static_cast<long long>(slot) * tables.seen_bytes;
-    const short* counts = tables.output_counts + static_cast<long long>(slot) * tables.counts_width;
-    for (int at = threadIdx.x * 4; at < width; at += kThreads * 4) {
-        const unsigned in_prompt = seen[at / 8] >> (at & 4);
-        const Pack<short, 4> in_output = load<short, 4>(counts + at);
-        float4 pack = *reinterpret_cast<float4*>(values + at);
-        float* const four = &pack.x;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const int count = in_output.elements[e];
-            if (count || in_prompt >> e & 1) {
-                double value = four[e];
-                value *= value > 0 ? reciprocal : repetition;
-                four[e] = static_cast<float>(value - frequency * count - (count ? presence : 0.0)) + 0.0f;
-            }
-            mine.consider(four[e], at + e);
-        }
-        *reinterpret_cast<float4*>(values + at) = pack;
-    }
-    return best_of_block(mine, shared);
+    if (integers[kHasPenalties]) return penalize_row(values, width);
+    Best mine = {-infinity(), kNoToken};
+    for_each(values, width, everything(), [&](float value, int id) { mine.consider(value, id); });
+    return mine;
 }
 
 // The logarithm of the sum of exp(value - max) over the row, and the likeliest tokens' log probabilities.
-__device__ __forceinline__ double score_row(
-    const float* values, int width, int num_top, float max, float mine, double* logprobs, int* top_ids,
-    Shared& shared) {
-    float sum = 0.0f;
-    for_each(values, width, [&](float value, int) {
-        sum += value == max ? 1.0f : exp2_of((value - max) * 1.44269504f);
-    });
-    const double log_sum = log(sum_of_block(sum, shared));
+template <bool kInShared>
+__device__ __noinline__ double score_row(
+    float* lent, int width, int num_top, float max, float mine, double* logprobs, int* top_ids) {
+    const float* const values = values_of<kInShared>(lent);
     num_top = min(num_top, width);
-    if (num_top <= 0) return log_sum;
-    int num_listed = list_best(values, width, num_top, mine, shared);
-    if (num_listed > kMaxListed) {
-        const Cut everything = {-infinity(), kNoToken};
-        const Cut cut = cut_at(values, width, everything, shared, [](float) -> uint64 { return 1; },
-                               [&](uint64) -> uint64 { return num_top; });
-        num_listed = list_tokens(values, width, shared, [&](float value, int id) { return cut.keeps(value, id); });
-        num_listed = min(num_listed, kMaxListed);
-    }
-    if (threadIdx.x < num_listed) {
-        const int rank = rank_in_list(num_listed, shared);
-        if (rank < num_top) {
-            const float value = shared.listed_values[threadIdx.x];
-            logprobs[rank] = (value == max ? 0.0 : static_cast<double>(value - max)) - log_sum;
-            top_ids[rank] = shared.listed_ids[threadIdx.x];
+    const float least = num_top > 0 ? least_of_best(num_top, mine).value : infinity();
+    begin_list();
+    float sum = 0.0f;
+    for_each_four(values, width, everything(), [&](const Four& four, int at) {
+        float most = -infinity();
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            sum += exp2_of((four.values[e] - max) * 1.44269504f);
+            most = fmaxf(most, four.values[e]);
         }
+        if (!(most >= least && num_top > 0)) return;
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            if (four.values[e] >= least) add_to_list(four.values[e], at + e, 1);
+    });
+    const double log_sum = log(sum_of_block(sum));
+    if (num_top <= 0) return log_sum;
+    int num_listed = shared.num_listed;
+    if (num_listed > kMaxListed) {
+        const Cut cut = cut_by_bits<kInShared, false>(lent, width, everything(), Weights(), num_top);
+        begin_list();
+        for_each_of_few(values, width, cut, [&](float value, int id) { add_to_list(value, id, 1); });
+        __syncthreads();
+        num_listed = min(shared.num_listed, kMaxListed);
+    }
+    const Compared place = compare_listed(num_listed, kByOrder);
+    const int rank = static_cast<int>(place.sums.before);
+    if (place.place >= 0 && rank < num_top) {
+        const Best token = best_in(shared.listed[place.place]);
+        logprobs[rank] = static_cast<double>(token.value - max) - log_sum;
+        top_ids[rank] = token.id;
     }
     __syncthreads();
     return log_sum;
 }
 
-__device__ __forceinline__ int draw_token(
-    const float* values, int width, Best best, float mine, const double* reals, const long long* integers,
-    uint64 number, Shared& shared) {
-    if (best.value == -infinity()) return best.id;  // nothing is possible
+template <bool kInShared>
+__device__ __noinline__ int draw_token(
+    float* lent, int width, Best best, float mine, uint64 number) {
+    const double* const reals = parameters.reals;
+    const long long* const integers = parameters.integers;
+    const float* const values = values_of<kInShared>(lent);
+    if (best.value - best.value != 0.0f) return best.id;  // nothing is possible, or one token is infinitely likely
     const double temperature = reals[kTemperature], min_p = reals[kMinP], top_p = reals[kTopP];
-    const double scale = 1.4426950408889634 / temperature;
+    const double scale = 1.4426950408889634 / temperature, most = 1e30 / max(fabs(static_cast<double>(best.value)), 1.0);
     Weights weights;
-    weights.max = best.value;
-    weights.scale = scale < 1e30 ? static_cast<float>(scale) : 1e30f;
-    weights.least = min_p > 0 ? static_cast<float>(temperature * log(min_p)) : -infinity();
-    Cut cut = {-infinity(), kNoToken};
-    const long long top_k = integers[kTopK];
-    if (top_k > 0 && top_k < width) cut = top_k_cut(values, width, static_cast<int>(top_k), mine, shared);
-    if (top_p < 1) {
-        cut = cut_at(values, width, cut, shared, weights, [&](uint64 total) {
-            const uint64 target = static_cast<uint64>(ceil(top_p * static_cast<double>(total)));
-            return min(max(target, uint64{1}), total);
-        });
-    }
+    weights.scale = static_cast<float>(min(scale, most));
+    weights.offset = weights.scale * best.value;
+    Cut cut = everything();
+    if (min_p > 0) cut.value = __double2float_ru(best.value + temperature * log(min_p));
     const uint64 bits = random_bits(integers[kSeed], number);
-    const int token = token_at(
-        values, width, shared,
-        [&](float value, int id) { return cut.keeps(value, id) ? weights(value) : uint64{0}; },
-        [&](uint64 total) { return __umul64hi(bits, total) + 1; });
+    const long long top_k = integers[kTopK];
+    const bool has_top_k = top_k > 0 && top_k < width;
+    if (has_top_k && top_k <= kMaxBestOfThreads) {
+        const Cut least = least_of_best(static_cast<int>(top_k), mine);
+        begin_list();
+        for_each_of_few(values, width, least, [&](float value, int id) { add_to_list(value, id, 1); });
+        __syncthreads();
+        const int num_listed = shared.num_listed;
+        if (num_listed <= kMaxListed)
+            return min(draw_in_list(num_listed, static_cast<int>(top_k), cut, top_p, weights, bits), width - 1);
+    }
+    if (has_top_k) {
+        const Cut other = cut_at<kInShared, false>(lent, width, everything(), weights, static_cast<double>(top_k));
+        if (other.value >= cut.value) cut = other;
+    }
+    if (top_p < 1) cut = cut_at<kInShared, true>(lent, width, cut, weights, top_p);
+    const int token = token_at<kInShared, false>(lent, width, cut, weights, 0.0f, bits);
     return token < width ? token : best.id;
 }
 
@@ -361,52 +550,57 @@ template <typename T, bool kInShared>
 __device__ __forceinline__ void sample_row(
     const T* all_logits, int width, const long long* slots, const long long* numbers, const Tables& tables,
     float* lent, long long* token_ids, double* logprobs, int* top_ids, int max_logprobs) {
-    extern __shared__ float4 row_in_shared[];
-    __shared__ Shared shared;
     wait_for_previous();
     let_next_begin();
     const long long row = blockIdx.x;
+    const T* logits = all_logits + row * width;
+    const Pack<T, kWide<T>> first = first_pack(logits, width);
     const int slot = slots[row];
     if (slot < 0) {
         if (threadIdx.x == 0) token_ids[row] = 0;
         return;
     }
-    const T* logits = all_logits + row * width;
+    if (threadIdx.x == 0) parameters.point_to(slot, tables);
     const long long* integers = tables.integers + static_cast<long long>(slot) * kNumIntegers;
-    const double* reals = tables.reals + static_cast<long long>(slot) * kNumReals;
     const int num_top = integers[kNumLogprobs];
-    const bool is_drawn = reals[kTemperature] > 0, is_penalized = integers[kHasPenalties];
+    const bool is_drawn = tables.reals[static_cast<long long>(slot) * kNumReals + kTemperature] > 0;
+    const bool is_penalized = integers[kHasPenalties];
     const bool is_held_back = integers[kNumHeldBack] && numbers[row] < integers[kHeldBackUntil];
     const bool is_changed = is_penalized || is_held_back || integers[kNumBiases] || integers[kNumBans];
-    float* values = kInShared ? reinterpret_cast<float*>(row_in_shared) : lent + row * ((width + 3) / 4 * 4);
-    Best mine;
-    Best best = load_row(logits, width, is_drawn || is_changed || num_top >= 0 ? values : nullptr, mine, shared);
+    if (is_penalized) request_counts(tables.output_counts + static_cast<long long>(slot) * tables.counts_width, width);
+    lent += row * ((width + 3) / 4 * 4);
+    const bool is_kept = is_drawn || is_changed || num_top >= 0;
+    Best mine = load_row(logits, width, first, is_kept ? values_of<kInShared>(lent) : nullptr);
+    Best best = best_of_block(mine);
     const float max = best.value;
     double log_sum = 0.0;
     if (num_top >= 0) {
         double* const top = logprobs + row * (1 + max_logprobs) + 1;
-        log_sum = score_row(values, width, num_top, max, mine.value, top, top_ids + row * max_logprobs, shared);
+        log_sum = score_row<kInShared>(lent, width, num_top, max, mine.value, top, top_ids + row * max_logprobs);
     }
-    if (is_changed) best = adjust_row(values, width, slot, tables, is_held_back, mine, shared);
+    if (is_changed) {
+        mine = adjust_row<kInShared>(lent, width, is_held_back);
+        best = best_of_block(mine);
+    }
     if (best.id >= width) best.id = 0;
     int token = best.id;
-    if (is_drawn) token = draw_token(values, width, best, mine.value, reals, integers, numbers[row], shared);
+    if (is_drawn) token = draw_token<kInShared>(lent, width, best, mine.value, numbers[row]);
     if (threadIdx.x) return;
     token_ids[row] = token;
     if (is_penalized) {
-        short& count = tables.output_counts[static_cast<long long>(slot) * tables.counts_width + token];
+        short& count = parameters.output_counts[token];
         if (count < 0x7fff) ++count;
     }
     if (num_top >= 0) {
         const float value = to_float(logits[token]);
-        logprobs[row * (1 + max_logprobs)] = (value == max ? 0.0 : static_cast<double>(value - max)) - log_sum;
+        logprobs[row * (1 + max_logprobs)] = static_cast<double>(value - max) - log_sum;
     }
 }
 
 }  // namespace
 
 #define KERNEL(NAME, T, PLACE, IN_SHARED)                                                                           \
-    extern "C" __global__ void __launch_bounds__(kThreads) sample_##NAME##_##PLACE(                                 \
+    extern "C" __global__ void __launch_bounds__(kThreads, 1) sample_##NAME##_##PLACE(                                 \
         const T* logits, const long long* slots, const long long* numbers, const double* reals,                     \
         const long long* integers, const int* bias_ids, const double* bias_values, const int* ban_ids,              \
         const unsigned char* prompt_seen, short* output_counts, float* lent, long long* token_ids,                  \
