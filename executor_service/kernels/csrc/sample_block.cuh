@@ -13,7 +13,7 @@ using uint64 = unsigned long long;
 // Histogram or amounts per group, in two words; listed tokens, as numbers that order as they do, and their amounts;
 // results of the functions below.
 struct Shared {
-    unsigned low[kBins], high[kBins];
+    unsigned low[kBins], high[kBins], rest[32];
     uint64 listed[kMaxListed], listed_amounts[kMaxListed];
     uint64 parts[kWarps];
     uint64 left, amount;
@@ -138,33 +138,31 @@ __device__ __forceinline__ unsigned address_in_shared(const void* variable) {
     return address;
 }
 
-// Adds and returns what was there before; does nothing unless `is_wanted`, and that without a branch.
-__device__ __forceinline__ unsigned add_if(bool is_wanted, unsigned address, unsigned amount) {
-    unsigned before = 0;
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; @p atom.shared.add.u32 %0, [%1], %2; }"
-                 : "+r"(before) : "r"(address), "r"(amount), "r"(static_cast<unsigned>(is_wanted)) : "memory");
+// Adds and returns what was there before.
+__device__ __forceinline__ unsigned add_at(unsigned address, unsigned amount) {
+    unsigned before;
+    asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(amount) : "memory");
     return before;
 }
 
-// The amounts of the histogram: shared memory adds 32 bits at a time, and the second step adds what the first, whose
-// result is `before`, carries over.
+// The amounts of the histogram: shared memory adds 32 bits at a time, so what the first addition, whose result is
+// `before`, carries over is to be added to the high word.
 struct Amounts {
-    unsigned low, high;
+    unsigned low;
 
-    __device__ __forceinline__ Amounts()
-        : low(address_in_shared(shared.low)), high(low + static_cast<unsigned>(sizeof shared.low)) {}
+    __device__ __forceinline__ Amounts() : low(address_in_shared(shared.low)) {}
 
-    __device__ __forceinline__ unsigned add_low(bool is_wanted, int place, uint64 amount) const {
-        return add_if(is_wanted, low + 4 * place, static_cast<unsigned>(amount));
+    __device__ __forceinline__ static unsigned carried(uint64 amount, unsigned before) {
+        return static_cast<unsigned>((amount + before) >> 32);
     }
-    __device__ __forceinline__ void add_high(bool is_wanted, int place, uint64 amount, unsigned before) const {
-        const unsigned carried = static_cast<unsigned>((amount + before) >> 32);
-        add_if(is_wanted && carried, high + 4 * place, carried);
+    __device__ __forceinline__ void add_high(unsigned address, unsigned amount) const {
+        if (amount) add_at(address + static_cast<unsigned>(sizeof shared.low), amount);
     }
 };
 
 __device__ __forceinline__ void clear_amounts() {
     for (int i = threadIdx.x; i < kBins; i += kThreads) shared.low[i] = shared.high[i] = 0;
+    if (threadIdx.x < 32) shared.rest[threadIdx.x] = 0;
     __syncthreads();
 }
 
