@@ -116,11 +116,6 @@ def ours(case: Case, launch: Any = None) -> Arm:
     return call
 
 
-def wgmma(case: Case, device: int, kind: str) -> Arm:
-    """A variant of the kernel for Hopper."""
-    return ours(case, op._wgmma(device, DTYPE, HEAD_DIM, kind))
-
-
 def flash_attention_3(case: Case) -> Arm:
     """VLLM's build, over the same blocks; its schedule is made beforehand, as vLLM does once for all layers."""
     from vllm.vllm_flash_attn.flash_attn_interface import (  # type: ignore[import-not-found]
@@ -180,7 +175,6 @@ def varlen(case: Case) -> Arm:
 
 def arms(case: Case) -> dict[str, Callable[[], Arm]]:
     """Everything that may compute a case."""
-    device = torch.cuda.current_device()
     table: dict[str, Callable[[], Arm]] = {
         "ours": lambda: ours(case),
         "ours, mma.sync": lambda: ours(case, op._mma(DTYPE, HEAD_DIM)),
@@ -188,14 +182,9 @@ def arms(case: Case) -> dict[str, Callable[[], Arm]]:
         "torch SDPA cuDNN": lambda: sdpa(case, SDPBackend.CUDNN_ATTENTION),
         "torch varlen_attn": lambda: varlen(case),
     }
-    if torch.cuda.get_device_capability() == (9, 0):
-        table |= {f"ours{kind}": partial(wgmma, case, device, kind) for kind in EXPERIMENTS}
     if importlib.util.find_spec("vllm") is not None:
         table["FlashAttention 3"] = lambda: flash_attention_3(case)
     return table
-
-
-EXPERIMENTS: tuple[str, ...] = ()
 
 
 def reference(case: Case, x: Inputs) -> Tensor:

@@ -33,8 +33,6 @@ _MMA_KEYS: Final = 64
 _WGMMA_THREADS: Final = 384
 _TENSOR_CORE_HEADS: Final = (64, 128)
 _KEPT_MAPS: Final = 1024
-_TOGETHER = 1
-_LEAD = 2
 _NUM_COUNTERS: Final = 256
 _KEPT: Final[list[Tensor]] = []
 
@@ -165,10 +163,10 @@ def _mma(dtype: torch.dtype, head_dim: int) -> _Launch:
     return launch
 
 
-def _wgmma(device: int, dtype: torch.dtype, head_dim: int, kind: str = "") -> _Launch:
-    types = (BY_VALUE, BY_VALUE, *[POINTER] * 6, INT, INT, INT, INT, LONG, FLOAT, INT, FLOAT, INT, INT)
-    shared_bytes = (3 * _ROWS + 4 * _KEYS) * head_dim * dtype.itemsize + 2048
-    name = f"{_SOURCE}_wgmma_{dtype_name(dtype)}_{head_dim}{kind}"
+def _wgmma(device: int, dtype: torch.dtype, head_dim: int) -> _Launch:
+    types = (BY_VALUE, BY_VALUE, *[POINTER] * 6, INT, INT, INT, INT, LONG, FLOAT, INT, FLOAT)
+    shared_bytes = (2 * _ROWS + 4 * _KEYS) * head_dim * dtype.itemsize + 2048
+    name = f"{_SOURCE}_wgmma_{dtype_name(dtype)}_{head_dim}"
     run = kernel(f"{_SOURCE}_wgmma", name, types, shared_bytes, is_dependent=True)
     num_blocks, counters = num_multiprocessors(device), itertools.cycle(_counters(device))
 
@@ -179,7 +177,7 @@ def _wgmma(device: int, dtype: torch.dtype, head_dim: int, kind: str = "") -> _L
         grid = (min(num_blocks, sizes[0] * -(-sizes[1] // _ROWS) * num_heads),)
         run(
             grid, _WGMMA_THREADS, k_map, v_map, query, block_tables, cu_seqlens, seq_lens, out, next(counters),
-            sizes[0], num_heads, shape[2], shape[1], block_tables.stride(0), *numbers, _TOGETHER, _LEAD,
+            sizes[0], num_heads, shape[2], shape[1], block_tables.stride(0), *numbers,
         )  # fmt: skip
 
     return launch

@@ -23,7 +23,6 @@ struct Arguments {
     float scale;
     int window;
     float softcap;
-    int together, lead;
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -31,8 +30,9 @@ struct Arguments {
 constexpr int kRows = 64 * kGroups;  // queries of a tile
 constexpr int kKeys = 128;           // keys of a tile
 constexpr int kStages = 2;           // tiles of keys, and of values, in shared memory
-constexpr int kSlots = 3;            // tiles of queries there: in work, and to come
+constexpr int kSlots = 2;            // tiles of queries there: one in work, one to come
 constexpr int kQueryWarps = 3;       // bring them
+constexpr int kLead = 2;             // tiles of keys not yet asked for when the next tile of queries is drawn
 
 // A tile of queries of one head, and the tiles of keys that it sees. No rows: there is nothing left to do.
 struct Work {
@@ -56,7 +56,8 @@ template <int kDim> struct Shared {
         kNearlyDone,
         kNumBarriers
     };
-    static constexpr int kBarriers = (2 * kStages + kSlots) * kTile, kWorks = kBarriers + (8 * kNumBarriers + 15) / 16 * 16;
+    static constexpr int kBarriers = (2 * kStages + kSlots) * kTile;
+    static constexpr int kWorks = kBarriers + (8 * kNumBarriers + 15) / 16 * 16;
 
     unsigned char* base;
     unsigned address;
@@ -70,7 +71,6 @@ template <int kDim> struct Shared {
     __device__ __forceinline__ Work& work(int slot) const {
         return reinterpret_cast<Work*>(base + kWorks)[slot];
     }
-    __device__ __forceinline__ unsigned unread() const { return address + kWorks + kSlots * static_cast<int>(sizeof(Work)); }
     // Where the 16-byte pack of a row lies in a tile.
     static __device__ __forceinline__ int at(int row, int pack) {
         return (row / 8 * kHalves + pack / 8) * kAtom + row % 8 * 128 + (pack % 8 ^ row % 8) * 16;
@@ -101,29 +101,20 @@ __device__ __forceinline__ Work uniform(const Work& work) {
             uniform(work.position), uniform(work.lowest), uniform(work.highest), uniform(work.length)};
 }
 
-// Draws tiles of queries, for a whole warp. Tickets are in the order of groups of kTogether requests, whose keys and
-// values the L2 cache holds, and in a group the tiles that see most come first. A thread block's tickets grow, so
-// requests that are behind one are behind all later ones.
+// Draws tiles of queries, for a whole warp: one request after the other, whose keys and values the L2 cache then holds, and
+// of each the tiles that see most first. Tickets grow, so requests that are behind one are behind all later ones.
 struct Drawing {
-    static constexpr int kTogether = 4;  // at most
-
     int ticket = blockIdx.x;
     int first_request = 0, num_before = 0;  // tiles of the requests before it
 
     // The tile of `ticket`; without rows if there are fewer.
     __device__ __forceinline__ Work tile(const Arguments& arguments) {
         const int lane = threadIdx.x % 32, number = ticket / arguments.num_heads;
-        for (; first_request < arguments.num_requests; first_request += 32 * arguments.together) {
-            int counts[kTogether], until = 0;
-#pragma unroll
-            for (int i = 0; i < kTogether; ++i) {
-                const int request = first_request + lane * arguments.together + i;
-                counts[i] = i < arguments.together && request < arguments.num_requests
-                                ? (arguments.cu_seqlens[request + 1] - arguments.cu_seqlens[request] + kRows - 1) / kRows
-                                : 0;
-                until += counts[i];
-            }
-            const int own = until;
+        for (; first_request < arguments.num_requests; first_request += 32) {
+            const int request = first_request + lane;
+            Chunk chunk{0, 0, 0};
+            if (request < arguments.num_requests) chunk = chunk_of(arguments.cu_seqlens, arguments.seq_lens, request);
+            int until = (chunk.count + kRows - 1) / kRows;
             for (int offset = 1; offset < 32; offset *= 2) {
                 const int other = __shfl_up_sync(kAllLanes, until, offset);
                 if (lane >= offset) until += other;
@@ -132,37 +123,16 @@ struct Drawing {
             const unsigned found = __ballot_sync(kAllLanes, until > number);
             if (found) {
                 const int from = __ffs(found) - 1;
-#pragma unroll
-                for (int i = 0; i < kTogether; ++i) counts[i] = __shfl_sync(kAllLanes, counts[i], from);
-                const int index = number - __shfl_sync(kAllLanes, until - own, from);
-                return tile_of_group(arguments, first_request + from * arguments.together, counts, index);
+                const auto its = [&](int value) { return __shfl_sync(kAllLanes, value, from); };
+                return tile_of(arguments, its(request), {its(chunk.begin), its(chunk.count), its(chunk.length)},
+                               its(until) - 1 - number);
             }
             num_before = __shfl_sync(kAllLanes, until, 31);
         }
         return {};
     }
-    // Number `index` of the tiles that a group's requests have, by descending place in their chunks.
-    __device__ __forceinline__ Work tile_of_group(
-        const Arguments& arguments, int request, const int (&counts)[kTogether], int index) const {
-        int tile = 0, before = 0;
-        for (int above = max(max(counts[0], counts[1]), max(counts[2], counts[3])); above > 0; above -= 32) {
-            const int own = max(above - 1 - static_cast<int>(threadIdx.x % 32), 0);
-            int until = 0, here = 0;
-#pragma unroll
-            for (int count : counts) until += max(count - own, 0), here += count > own;
-            const unsigned found = __ballot_sync(kAllLanes, until > index);
-            if (!found) continue;
-            tile = __shfl_sync(kAllLanes, own, __ffs(found) - 1);
-            before = __shfl_sync(kAllLanes, until - here, __ffs(found) - 1);
-            break;
-        }
-        index -= before;
-        int which = 0;
-#pragma unroll
-        for (int i = 0; i < kTogether; ++i)
-            if (counts[i] > tile && index-- == 0) which = i;
-        request += which;
-        const Chunk chunk = chunk_of(arguments.cu_seqlens, arguments.seq_lens, request);
+    __device__ __forceinline__ Work tile_of(
+        const Arguments& arguments, int request, const Chunk& chunk, int tile) const {
         const int first = tile * kRows, num_rows = min(kRows, chunk.count - first);
         const int position = chunk.length - chunk.count + first;
         return {request, ticket % arguments.num_heads, chunk.begin + first, num_rows, position,
@@ -206,7 +176,7 @@ __device__ __forceinline__ void draw_tiles(const Arguments& arguments, const Sha
     Drawing drawing;
     for (unsigned i = 0;; ++i) {
         const int slot = i % kSlots;
-        // Not sooner than its keys can be asked for: until then others may run out of work.
+        // Not much sooner than its keys can be asked for: until then others may run out of work.
         if (i > 0) {
             wait(shared.barrier(S::kNearlyDone), i & 1 ^ 1);
             drawing.draw(arguments.num_drawn);
@@ -273,7 +243,7 @@ __device__ __forceinline__ void bring_keys_and_values(const Arguments& arguments
         };
         int block = block_of(work.highest);
         for (int tile = work.highest; tile >= work.lowest; --tile, ++count) {
-            if (tile == min(work.highest, work.lowest + arguments.lead) && lane == 0) arrive(shared.barrier(S::kNearlyDone));
+            if (lane == 0 && tile == min(work.highest, work.lowest + kLead)) arrive(shared.barrier(S::kNearlyDone));
             const int stage = count % kStages, free_parity = (count / kStages & 1) ^ 1;
             const int num_tokens = min(work.length - tile * kKeys, kKeys), num_boxes = (num_tokens + box - 1) / box;
             const int group = block * (block_size / 8) + tile * kKeys % block_size / 8;

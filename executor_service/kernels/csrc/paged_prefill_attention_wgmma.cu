@@ -1,18 +1,15 @@
 // Prefill attention on Hopper: 16-bit types, heads of 64 and 128, blocks of 8, 16, 32, … tokens.
 //
-// As many thread blocks as processors take tiles of 128 queries of one head until none is left, the late queries of a
-// request first. In each, one warp brings keys and values by tensor copies, one warp draws the next tile and brings its
-// queries while this one is worked on, and two warpgroups have 64 queries each. After FlashAttention-3 (Shah et al.,
-// 2024): while the tensor cores multiply weights by values and queries by the next keys, the softmax of what they left
-// goes on.
+// As many thread blocks as multiprocessors take tiles of 128 queries of one head until none is left, the late queries of a
+// request first. In each, one warp brings keys and values by tensor copies, one draws the next tile and two more help it to
+// bring its queries while this one is worked on, and two warpgroups have 64 queries each. These take turns, after
+// FlashAttention-3 (Shah et al., 2024): while the tensor cores have one's products, the other does its softmax.
 #include "dependent.cuh"
 #include "paged_prefill_attention_feed.cuh"
 
 namespace {
 
 using namespace prefill;
-
-enum Variant { kTakesTurns = 1, kLazy = 4, kOneByOne = 16, kFindsFirst = 32 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -76,11 +73,13 @@ __device__ __forceinline__ void store_rows(
 
 // One warpgroup: attention of its half of every tile of queries. Its work is one stream of tiles of keys, also across
 // tiles of queries: while the weights of one meet their values, the next is multiplied by its queries and softened.
-template <typename T, int kDim, int kVariant> struct Warpgroup {
+// One warpgroup: attention of its half of every tile of queries.
+template <typename T, int kDim> struct Warpgroup {
     using S = Shared<kDim>;
     using Scores = float[kKeys / 2];
     using Weights = unsigned[kKeys / 4];
     using Outputs = float[kDim / 2];
+    static constexpr int kSlack = 8;  // binary orders: weights of 256 are exact enough in every type
 
     const Arguments& arguments;
     const S& shared;
@@ -110,23 +109,48 @@ template <typename T, int kDim, int kVariant> struct Warpgroup {
     }
     __device__ __forceinline__ void issue_outputs(
         Outputs& outputs, const Weights& weights, unsigned number, bool adds) const {
+        wait_for(S::kValuesThere, number);
         issue_weights_times_values<T, kDim>(outputs, weights, shared.values(number % kStages), adds);
     }
-    __device__ __forceinline__ void hide(Scores& scores, int position, int tile) const {
-        const int key = tile * kKeys, window = arguments.window;
-        position += first_row;
+    __device__ __forceinline__ void hide(Scores& scores, const Work& work, int tile) const {
+        const int position = work.position + first_row, key = tile * kKeys, window = arguments.window;
         if (scaling.inner != 0.0f) cap(scores, scaling.inner);
         if (key + kKeys - 1 > position || (window && key <= position + 15 - window))
             mask(scores, position + lane / 4, key + lane % 4 * 2, window);
     }
-    __device__ __forceinline__ void find(
-        Scores& scores, Rows& rows, float (&shift)[2], float (&corrections)[2], int position, int tile) const {
-        hide(scores, position, tile);
-        find_largest<kVariant & kLazy ? 8 : 0>(scores, rows, scaling.factor, shift, corrections);
+    // Of the last tile of keys, which comes first.
+    __device__ __forceinline__ void first_weights(
+        const Work& work, int slot, unsigned count, Scores& scores, Rows& rows, Weights& weights) const {
+        float shift[2], corrections[2];
+        wait_for(S::kKeysThere, count);
+        issue_scores(scores, slot, count);
+        wait_for_products<0>();
+        settle(scores);
+        release(S::kKeysFree, count);
+        hide(scores, work, work.highest);
+        find_largest<kSlack>(scores, rows, scaling.factor, shift, corrections);
+        exponentiate<T>(scores, rows, scaling.factor, shift, corrections, weights);
     }
-    __device__ __forceinline__ void rescale(Outputs& outputs, const float (&corrections)[2]) const {
-        if (!(kVariant & kLazy) || __any_sync(kAllLanes, corrections[0] != 1.0f || corrections[1] != 1.0f))
-            scale_rows(outputs, corrections);
+    // Weights of tile number `count` meet their values, then those of the next one, `tile`, are there.
+    __device__ __forceinline__ void next_weights(
+        const Work& work, int slot, unsigned count, int tile, Scores& scores, Rows& rows, Weights& weights,
+        Outputs& outputs) const {
+        float shift[2], corrections[2];
+        wait_for(S::kKeysThere, count + 1);
+        sync_threads(1 + group, 256);
+        issue_scores(scores, slot, count + 1);
+        issue_outputs(outputs, weights, count, tile + 1 < work.highest);
+        announce_to(2 - group, 256);
+        wait_for_products<1>();
+        settle(scores);
+        release(S::kKeysFree, count + 1);
+        hide(scores, work, tile);
+        find_largest<kSlack>(scores, rows, scaling.factor, shift, corrections);
+        wait_for_products<0>();
+        settle(outputs);
+        release(S::kValuesFree, count);
+        if (__any_sync(kAllLanes, corrections[0] != 1.0f || corrections[1] != 1.0f)) scale_rows(outputs, corrections);
+        exponentiate<T>(scores, rows, scaling.factor, shift, corrections, weights);
     }
     __device__ __forceinline__ void store(Outputs& outputs, const Work& work, const Rows& rows, int slot) const {
         float inverse[2];
@@ -136,113 +160,30 @@ template <typename T, int kDim, int kVariant> struct Warpgroup {
         store_rows<T, kDim>(arguments, work, outputs, shared, slot, first_row);
         if (lane == 0) arrive(shared.barrier(S::kSlotFree, slot));
     }
-    // As `run`, but every tile of queries begins when the one before it has ended.
-    __device__ __forceinline__ void run_one_by_one() const {
-        if (kVariant & kTakesTurns && group == 1) announce_to(1, 256);
+    __device__ __forceinline__ void run() const {
+        if (group == 1) announce_to(1, 256);  // the first warpgroup begins
         Scores scores;
         Weights weights;
         Outputs outputs;
-        float shift[2], corrections[2];
         unsigned count = 0;
-        for (unsigned i = 0;; ++i) {
+        for (unsigned i = 0;; ++i, ++count) {
             const Work work = draw(i);
+            const int slot = i % kSlots;
             if (!work.num_rows) return;
             Rows rows;
-            wait_for(S::kKeysThere, count);
-            issue_scores(scores, i % kSlots, count);
-            wait_for_products<0>();
-            settle(scores);
-            release(S::kKeysFree, count);
-            find(scores, rows, shift, corrections, work.position, work.highest);
-            exponentiate<T>(scores, rows, scaling.factor, shift, corrections, weights);
-            for (int tile = work.highest - 1; tile >= work.lowest; --tile, ++count) {
-                wait_for(S::kKeysThere, count + 1);
-                if (kVariant & kTakesTurns) sync_threads(1 + group, 256);
-                issue_scores(scores, i % kSlots, count + 1);
-                wait_for(S::kValuesThere, count);
-                issue_outputs(outputs, weights, count, tile + 1 < work.highest);
-                if (kVariant & kTakesTurns) announce_to(2 - group, 256);
-                wait_for_products<1>();
-                settle(scores);
-                release(S::kKeysFree, count + 1);
-                find(scores, rows, shift, corrections, work.position, tile);
-                if (kVariant & kFindsFirst) finish(shift[0] + shift[1], shared.unread());
-                wait_for_products<0>();
-                settle(outputs);
-                release(S::kValuesFree, count);
-                rescale(outputs, corrections);
-                exponentiate<T>(scores, rows, scaling.factor, shift, corrections, weights);
-            }
-            wait_for(S::kValuesThere, count);
+            first_weights(work, slot, count, scores, rows, weights);
+            for (int tile = work.highest - 1; tile >= work.lowest; --tile, ++count)
+                next_weights(work, slot, count, tile, scores, rows, weights, outputs);
             issue_outputs(outputs, weights, count, work.highest > work.lowest);
             wait_for_products<0>();
             settle(outputs);
             release(S::kValuesFree, count);
-            ++count;
-            store(outputs, work, rows, i % kSlots);
+            store(outputs, work, rows, slot);
         }
-    }
-    __device__ __forceinline__ void run() const {
-        if constexpr ((kVariant & kOneByOne) != 0) return run_one_by_one();
-        if (kVariant & kTakesTurns && group == 1) announce_to(1, 256);
-        unsigned num_drawn = 1, count = 0;  // tiles of queries; tiles of keys whose values are through
-        Work work = draw(0);
-        if (!work.num_rows) return;
-        Scores scores;
-        Weights weights;
-        Outputs outputs;
-        Rows rows;
-        float shift[2], corrections[2];
-        int tile = work.highest;
-        wait_for(S::kKeysThere, 0);
-        issue_scores(scores, 0, 0);
-        wait_for_products<0>();
-        settle(scores);
-        release(S::kKeysFree, 0);
-        find(scores, rows, shift, corrections, work.position, tile);
-        exponentiate<T>(scores, rows, scaling.factor, shift, corrections, weights);
-        for (bool is_first = true;; ++count) {
-            const bool is_last = tile == work.lowest;
-            Work next = work;
-            if (is_last) {
-                next = draw(num_drawn);
-                if (!next.num_rows) break;
-                ++num_drawn;
-            }
-            tile = is_last ? next.highest : tile - 1;
-            wait_for(S::kKeysThere, count + 1);
-            if (kVariant & kTakesTurns) sync_threads(1 + group, 256);
-            issue_scores(scores, (num_drawn - 1) % kSlots, count + 1);
-            wait_for(S::kValuesThere, count);
-            issue_outputs(outputs, weights, count, !is_first);
-            if (kVariant & kTakesTurns) announce_to(2 - group, 256);
-            wait_for_products<1>();
-            settle(scores);
-            release(S::kKeysFree, count + 1);
-            const Rows finished = rows;
-            if (is_last) rows = Rows();
-            find(scores, rows, shift, corrections, next.position, tile);
-            if (kVariant & kFindsFirst) finish(shift[0] + shift[1], shared.unread());
-            wait_for_products<0>();
-            settle(outputs);
-            release(S::kValuesFree, count);
-            if (is_last)
-                store(outputs, work, finished, (num_drawn - 2) % kSlots);
-            else
-                rescale(outputs, corrections);
-            exponentiate<T>(scores, rows, scaling.factor, shift, corrections, weights);
-            work = next;
-            is_first = is_last;
-        }
-        wait_for(S::kValuesThere, count);
-        issue_outputs(outputs, weights, count, work.highest > work.lowest);
-        wait_for_products<0>();
-        settle(outputs);
-        store(outputs, work, rows, (num_drawn - 1) % kSlots);
     }
 };
 
-template <typename T, int kDim, int kVariant>
+template <typename T, int kDim>
 __device__ __forceinline__ void run(const Arguments& arguments) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const unsigned start = shared_address(memory), skipped = (1024 - start % 1024) % 1024;
@@ -263,7 +204,7 @@ __device__ __forceinline__ void run(const Arguments& arguments) {
         let_next_begin();
     } else {
         take_registers<232>();
-        Warpgroup<T, kDim, kVariant>(arguments, shared, uniform(role - 1)).run();
+        Warpgroup<T, kDim>(arguments, shared, uniform(role - 1)).run();
     }
 }
 
@@ -273,26 +214,23 @@ __device__ __forceinline__ void run(const Arguments& arguments) {
 
 // The shared memory that a launch asks for has 1024 bytes more than is used: atoms are aligned to as many.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define RUN(T, DIM, VARIANT)                                                                                      \
-    run<T, DIM, VARIANT>(                                                                                         \
-        {&k_map, &v_map, query, block_tables, cu_seqlens, seq_lens, out, num_drawn, num_requests, num_heads,          \
-         num_kv_heads, block_size, table_stride, scale, window, softcap, together, lead})
+#define RUN(T, DIM)                                                                                          \
+    run<T, DIM>(                                                                                             \
+        {&k_map, &v_map, query, block_tables, cu_seqlens, seq_lens, out, num_drawn, num_requests, num_heads, \
+         num_kv_heads, block_size, table_stride, scale, window, softcap})
 #else
-#define RUN(T, DIM, VARIANT) __trap()
+#define RUN(T, DIM) __trap()
 #endif
-#define KERNEL(NAME, T, DIM, KIND, VARIANT)                                                                       \
-    extern "C" __global__ void __launch_bounds__(kThreads, 1) paged_prefill_attention_wgmma_##NAME##_##DIM##KIND(     \
-        const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const void* query,          \
-        const int* block_tables, const int* cu_seqlens, const int* seq_lens, void* out, int* num_drawn,               \
-        int num_requests, int num_heads, int num_kv_heads, int block_size, long long table_stride, float scale,       \
-        int window, float softcap, int together, int lead) {                                                                                  \
-        RUN(T, DIM, VARIANT);                                                                                     \
+#define KERNEL(NAME, T, DIM)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(kThreads, 1) paged_prefill_attention_wgmma_##NAME##_##DIM(     \
+        const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const void* query,    \
+        const int* block_tables, const int* cu_seqlens, const int* seq_lens, void* out, int* num_drawn,         \
+        int num_requests, int num_heads, int num_kv_heads, int block_size, long long table_stride, float scale, \
+        int window, float softcap) {                                                                            \
+        RUN(T, DIM);                                                                                            \
     }
-KERNEL(bfloat16, bfloat16, 128, , 5)
-KERNEL(bfloat16, bfloat16, 64, , 5)
-KERNEL(float16, float16, 128, , 5)
-KERNEL(float16, float16, 64, , 5)
-KERNEL(bfloat16, bfloat16, 128, _finds, 37)
-KERNEL(bfloat16, bfloat16, 128, _one, 21)
-KERNEL(bfloat16, bfloat16, 128, _one_finds, 53)
-KERNEL(bfloat16, bfloat16, 128, _free, 4)
+#define KERNELS(NAME, T) \
+    KERNEL(NAME, T, 64)  \
+    KERNEL(NAME, T, 128)
+KERNELS(float16, float16)
+KERNELS(bfloat16, bfloat16)

@@ -88,15 +88,6 @@ template <int kPending> __device__ __forceinline__ void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// What is computed before this place is not put off until after a wait that follows: to the assembler it could matter for
-// the store, which is made, harmlessly, for one value alone. `address` is that of a word that nobody reads.
-__device__ __forceinline__ void finish(float value, unsigned address) {
-    asm volatile(
-        "{\n.reg .pred unlikely;\nsetp.eq.f32 unlikely, %0, 0f7f000000;\n@unlikely st.shared.f32 [%1], %0;\n}\n" ::"f"(value),
-        "r"(address)
-        : "memory");
-}
-
 // After a wait: from here on the compiler may read the sums, and not before.
 template <int kCount> __device__ __forceinline__ void settle(float (&values)[kCount]) {
 #pragma unroll
