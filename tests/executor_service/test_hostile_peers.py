@@ -21,6 +21,7 @@ import pytest
 from diptych.service.errors import InvalidInputError, LimitExceededError, OverloadedError
 from diptych.v1 import executor_pb2, tensor_pb2
 from diptych.wire.dtypes import DTYPE_OF_NAME
+from diptych.wire.framing import ItemChunk
 from executor_service.front import credit, stream
 from executor_service.front.claims import attest_tensors
 from registry import ItemLayout, Run, TensorSpec
@@ -365,3 +366,16 @@ def test_nothing_but_noise(channel, planner, bystander) -> None:
             list(call)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     bystander()
+
+
+async def test_handles_that_have_ended_are_remembered_within_bounds(monkeypatch) -> None:
+    """Late chunks for the last ones are ignored; for older ones they are as wrong as for handles never started."""
+    monkeypatch.setattr(stream, "MAX_ENDED_HANDLES", 3)
+    one = stream.ExecuteStream(None, "peer")  # type: ignore[arg-type]
+    for handle in range(5):
+        one.put_final(executor_pb2.Final(handle=handle))
+    assert len(one._ended) == 3
+    one._outgoing.clear()
+    for handle in (2, 3, 4, 0):
+        one.handle(ItemChunk(handle, 0, 0, 0, memoryview(b"x")))
+    assert [response.final.handle for response, _ in one._outgoing] == [0]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from diptych.client import AsyncClient, Generation, Media, Prompt, RequestError
+from preprocess_service.executor_client import executor as client_of_executor
 from preprocess_service.media import decode
 from preprocess_service.planning import Checkpoint
 from preprocess_service.server import PreprocessServer
@@ -93,6 +94,23 @@ async def test_a_lost_executor_has_seen_nothing(checkpoint_dir: Path, executor: 
         await executor.stop()
         await eventually(lambda: not known.has_seen(digest))
         await executor.start()
+
+
+async def test_what_an_executor_has_seen_is_bounded(
+    checkpoint_dir: Path, executor: StandInExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forgotten is what was sent or found there longest ago."""
+    monkeypatch.setattr(client_of_executor, "MAX_SEEN", 2)
+    first, second, third = files(3)
+    async with served(checkpoint_dir, executor) as (server, client):
+        assert server._executors is not None
+        (known,) = server._executors._executors
+        for file in (first, second, first, third):
+            await ask(client, file)
+        digests = [request.start.items[0].media_digest for request in executor.requests]
+        assert [known.has_seen(digest) for digest in digests] == [True, False, True, True]
+        assert len(known._seen) == 2
+        assert not known._promised, "whoever has ended promises nothing"
 
 
 async def test_what_the_executor_turns_out_to_have_is_dropped(
