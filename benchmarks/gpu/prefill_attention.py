@@ -12,6 +12,7 @@ import inspect
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from executor_service.kernels import paged_prefill_attention as op
 HEAD_DIM, BLOCK_SIZE, DTYPE = 128, 16, torch.bfloat16
 SCALE = HEAD_DIM**-0.5
 PASSES, PASS_SECONDS = 7, 0.01
+HOST_CALLS = 200
 SIDE = 8192
 
 
@@ -244,6 +246,17 @@ def num_sets(case: Case) -> int:
     return max(2, -(-4 * torch.cuda.get_device_properties(0).L2_cache_size // (rows * HEAD_DIM * DTYPE.itemsize)))
 
 
+def host_seconds(arm: Arm, x: Inputs) -> float:
+    """What one call takes of the host's time, as few of them as the queue of launches holds."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(HOST_CALLS):
+        arm(x)
+    taken = time.perf_counter() - began
+    torch.cuda.synchronize()
+    return taken / HOST_CALLS
+
+
 def measure(case: Case) -> dict[str, Any]:
     """All arms of one case, their errors first."""
     a, b = normal(SIDE, SIDE), normal(SIDE, SIDE)
@@ -260,7 +273,10 @@ def measure(case: Case) -> dict[str, Any]:
             figures[name] = {"failed": f"{type(error).__name__}: {error}"[:200]}
             torch.cuda.synchronize()
             continue
-        figures[name] = {"error": ((out - expected).norm() / expected.norm()).item()}
+        figures[name] = {
+            "error": ((out - expected).norm() / expected.norm()).item(),
+            "host_microseconds": 1e6 * host_seconds(arm, inputs[0]),
+        }
     seconds = in_turns(graphs)
     product = 2 * SIDE**3 / statistics.median(seconds.pop("product"))
     figures["product_tflops"] = product / 1e12
@@ -281,7 +297,7 @@ def show(case: Case, figures: dict[str, Any]) -> None:
         if name in measured:
             print(
                 f"  {name:<20} {value['microseconds']['median']:8.1f} µs  {value['tflops']:6.0f} TFLOP/s"
-                f"  {value['share_of_product']:6.1%}  error {value['error']:.1e}"
+                f"  {value['share_of_product']:6.1%}  error {value['error']:.1e}  host {value['host_microseconds']:5.1f} µs"
             )
         elif isinstance(value, dict):
             print(f"  {name:<20} failed: {value['failed']}")
