@@ -297,7 +297,8 @@ def show(case: Case, figures: dict[str, Any]) -> None:
         if name in measured:
             print(
                 f"  {name:<20} {value['microseconds']['median']:8.1f} µs  {value['tflops']:6.0f} TFLOP/s"
-                f"  {value['share_of_product']:6.1%}  error {value['error']:.1e}  host {value['host_microseconds']:5.1f} µs"
+                f"  {value['share_of_product']:6.1%}  error {value['error']:.1e}"
+                f"  host {value['host_microseconds']:5.1f} µs"
             )
         elif isinstance(value, dict):
             print(f"  {name:<20} failed: {value['failed']}")
