@@ -270,3 +270,11 @@ def test_logprobs_zero_gives_the_chosen_token_alone() -> None:
     entry = sample(logits(1), [params(temperature=0.0, logprobs=0)], [1]).logprobs[0]
     assert entry is not None
     assert entry.top == ()
+
+
+def test_the_op_is_what_its_schema_says() -> None:
+    batch = [request(n, params(seed=n, logprobs=20, **kind), PROMPT, OUTPUT) for n, kind in enumerate(({}, ALL))]
+    sampler = Sampler(CPU, 3, VOCABULARY, frozenset({EOS}))
+    slots = torch.tensor(sampler.slots.prepare(batch))
+    arguments = (logits(2), slots, torch.tensor([11, 11]), *sampler.slots.tables)
+    torch.library.opcheck(torch.ops.diptych.sample.default, arguments)

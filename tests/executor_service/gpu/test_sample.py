@@ -103,6 +103,29 @@ def test_same_tokens_as_the_reference() -> None:
     assert num_equal >= 20 * 64 - 3
 
 
+def test_tokens_in_flight_count() -> None:
+    """A host that learns of each token one step late gets the tokens of one that waits for each."""
+    config = SamplingParams(1000, presence_penalty=2.0, repetition_penalty=1.5, min_tokens=7, logprobs=2, seed=3)
+    prompt = [1, 7, 7, 9]
+    waits, runs_ahead = ([Request(n, prompt[: n + 1], [], config, 2000) for n in range(4)] for _ in "ab")
+    samplers = [Sampler(CUDA, 4, 64, EOS) for _ in "ab"]
+    last = None
+    for step in range(12):
+        logits = random((4, 64), torch.bfloat16, step)
+        expected = samplers[0].sample(logits, waits).result()
+        pending = samplers[1].sample(logits, runs_ahead)
+        for request, token in zip(waits, expected.token_ids, strict=True):
+            request.append(token, frozenset())
+        for request in runs_ahead:
+            request.num_inflight_tokens += 1
+        if last is not None:
+            for request, token in zip(runs_ahead, last[0].result().token_ids, strict=True):
+                request.append(token, frozenset())
+                request.num_inflight_tokens = 1
+            assert last[0].result() == last[1]
+        last = pending, expected
+
+
 def test_draws_follow_the_distribution() -> None:
     """Chi-square of 131,072 draws with every filter and penalties; the 99.99 % quantile."""
     config = {"temperature": 1.6, "min_p": 0.02, "top_k": 20, "top_p": 0.97, "repetition_penalty": 1.7,
