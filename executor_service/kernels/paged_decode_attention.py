@@ -19,10 +19,11 @@ _STREAMED_DIMS: Final = (64, 128)
 _MAX_DIM: Final = 256
 _HEADS_PER_PASS: Final = 8
 _MAX_ITEMS: Final = 1 << 16
-_MAX_LEAVES: Final = 32
+_MAX_LEAVES: Final = 16
+_ROUNDS: Final = 5
 _GENERAL_THREADS: Final = 256
 _POINTERS: Final = (POINTER,) * 6
-_STREAM_TYPES: Final = (*_POINTERS, POINTER, INT, INT, INT, INT, INT, FLOAT, FLOAT, INT, INT)
+_STREAM_TYPES: Final = (*_POINTERS, POINTER, INT, INT, INT, INT, INT, FLOAT, FLOAT, INT, INT, INT, INT)
 _GENERAL_TYPES: Final = (*_POINTERS, INT, INT, INT, INT, INT, FLOAT, FLOAT, INT)
 
 
@@ -83,6 +84,8 @@ class Variant:
     num_stages: int
     blocks_each: int
     """Blocks per multiprocessor."""
+    max_lanes: int = 4
+    """Neighbouring heads that are read at the same time, at most."""
 
     def shared_bytes(self, head_dim: int) -> int:
         """As the kernel lays it out: keys and values, queries, two tiles of scores."""
@@ -95,7 +98,8 @@ class _Launch:
     kernel: Kernel
     grid: tuple[int]
     num_threads: int
-    num_processors: int
+    split: tuple[int, int, int]
+    """Multiprocessors, lanes, and 2^32 / blocks of a lane: see the kernel's plan."""
     num_partials: int
     """Floats that the kernel needs for partial results."""
 
@@ -128,7 +132,7 @@ def launch(
         partials = torch.empty(stream.num_partials, dtype=torch.float32, device=query.device)
         stream.kernel(
             stream.grid, stream.num_threads, *pointers, partials, batch, num_heads, num_kv_heads,
-            block_size.bit_length() - 1, block_tables.stride(0), *factors, sliding_window, stream.num_processors,
+            block_size.bit_length() - 1, block_tables.stride(0), *factors, sliding_window, *stream.split,
         )  # fmt: skip
     else:
         _general(query.dtype, head_dim)(
@@ -155,17 +159,24 @@ def _streaming(
     processors = num_multiprocessors(device)
     name = f"paged_decode_attention_{dtype_name(dtype)}_{head_dim}_{variant.num_warps}_{variant.num_stages}"
     launch = kernel("paged_decode_attention", name, _STREAM_TYPES, variant.shared_bytes(head_dim), is_dependent=True)
-    blocks = processors * variant.blocks_each
-    heads = min(_HEADS_PER_PASS, num_heads // num_kv_heads)
-    partials = blocks * (_MAX_LEAVES + 1) * heads * (head_dim + 4)
-    return _Launch(launch, (blocks,), 32 * variant.num_warps, processors, partials)
+    blocks, group = processors * variant.blocks_each, num_heads // num_kv_heads
+    passes = num_kv_heads * -(-group // _HEADS_PER_PASS)
+    lanes = math.gcd(math.gcd(passes, processors), variant.max_lanes)
+    step = -(-(1 << 32) * lanes // blocks)
+    partials = _ROUNDS * blocks * (_MAX_LEAVES + 1) * min(_HEADS_PER_PASS, group) * (head_dim + 4)
+    return _Launch(launch, (blocks,), 32 * variant.num_warps, (processors, lanes, _signed(step)), partials)
+
+
+def _signed(value: int) -> int:
+    """The same 32 bits."""
+    return (value + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def _variant(head_dim: int, device: int) -> Variant:
-    """What was fastest where it fits: shared memory of a multiprocessor, 1 KiB of it the system's for each block."""
+    """What was fastest where it fits: shared memory of a multiprocessor, 4 KiB of it for what else a block needs."""
     available = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
     for stages in (3, 2):
-        bytes_each = Variant(4, stages, 1).shared_bytes(head_dim) + 2048
+        bytes_each = Variant(4, stages, 1).shared_bytes(head_dim) + 4096
         if 2 * bytes_each <= available:
             return Variant(4, stages, min(3, available // bytes_each))
     return Variant(4, 2, 1)
