@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.gpu.timing import PASSES, Ceilings, measure_ceilings, rotating_copies, seconds_each
 from benchmarks.results import make_parser, spread, write_result
 from executor_service.kernels.silu_mul import SILU_MUL
-from executor_service.kernels.small_linear import SMALL_LINEAR, SMALL_LINEAR_SILU_MUL
+from executor_service.kernels.small_linear import MAX_ROWS, SMALL_LINEAR, SMALL_LINEAR_SILU_MUL
 
 DTYPE = torch.bfloat16
 LAYERS = 32
@@ -56,13 +56,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure_chains(name: str, num_layers: int, all_rows: Sequence[int], ceilings: Ceilings) -> dict[str, object]:
-    """All layers, per number of rows: ours, cuBLAS and silu_mul, cuBLAS alone."""
+    """All layers, per number of rows: ours where it streams, cuBLAS and silu_mul, cuBLAS alone."""
     layers = [make_layer(*GEOMETRIES[name]) for _ in range(num_layers)]
     num_bytes = sum(weight.numel() * weight.itemsize for layer in layers for weight in layer)
     result: dict[str, object] = {"bytes": num_bytes}
     for rows in all_rows:
         x = normal(rows, WIDTH)
-        arms = {"small_linear": our_chain, "cublas": cublas_chain, "cublas without silu": cublas_products}
+        arms = {"cublas": cublas_chain, "cublas without silu": cublas_products}
+        if rows <= MAX_ROWS:
+            arms = {"small_linear": our_chain, **arms}
         times = interleaved([partial(arm, layers, x) for arm in arms.values()])
         result[f"{rows} rows"] = {
             arm: figures_of(f"{name} x {num_layers}, {rows:2d} rows, {arm}", seconds, num_bytes, ceilings)

@@ -2,14 +2,13 @@
 
 On Hopper and later, 16-bit weights go through a ring in shared memory to the tensor cores; the kernel asks for its
 first weights while the kernel before it on the stream still runs (programmatic dependent launch), so a weight must
-not be written by the kernel just before. Everything else takes a plain variant that is right but slow. A row's result
-never depends on the other rows, nor on how many there are while the variant stays the same.
+not be written by the kernel just before. Everything else takes a plain variant that is right but slow. Within a
+variant a row's result depends neither on the other rows nor on how many there are, to the bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from math import ceil
 from typing import Final
@@ -22,20 +21,19 @@ from executor_service.kernels.cuda.module import INT, POINTER, dtype_name, is_wi
 from executor_service.kernels.library import define_op
 
 MAX_ROWS: Final = 16
-"""From here on cuBLAS is not slower."""
+"""Up to where it is tested and clearly ahead of cuBLAS; at 32 cuBLAS is (docs/notes/small_linear.md)."""
 _MIN_ELEMENTS: Final = 1 << 20
 """Of a weight that is worth a kernel of its own."""
-_WARPS: Final = 8
-_COLUMNS: Final = 16 * _WARPS
-"""Each of the warps takes 16 columns at a time."""
+_COLUMNS: Final = 32
+"""What the width is a multiple of: each lane's share of a row is 16 bytes, four lanes stand side by side."""
+_PIECES: Final = {1: 1024, 2: 1024, 3: 512, 4: 512}
+"""Columns of the weight in a stage, per eight rows of x, as the kernels are compiled."""
 _TILE_ROWS: Final = 16
-_MAX_TILES: Final = 6
-_PAD_BYTES: Final = 16
+_PAD_BYTES: Final = 64
+_WARPS: Final = 8
 _SUMS_BYTES: Final = 2 * _WARPS * 8 * 20 * 4
 _SHARED_BYTES: Final = 220 * 1024
 """Of every block: one fits on a multiprocessor, and the next kernel's takes its place when it ends."""
-_PIECE: Final = 1024
-"""Columns of the weight in a stage: a copy costs the same whether it brings half a kilobyte or two."""
 
 
 def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -113,7 +111,8 @@ def _launch(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual:
         launch = _streaming(kind, rows, out.shape[1], width, x.dtype, weight.device.index)
     else:
         access = "wide" if is_aligned and is_wide(x.dtype, width) else "single"
-        launch = _plain(f"{dtype_name(x.dtype)}_{kind}_{access}", rows, out.shape[1], width)
+        variant = f"{dtype_name(x.dtype)}_{kind}_{access}"
+        launch = _plain(variant, rows, out.shape[1], width, weight.device.index)
     extra = [0 if tensor is None else tensor.contiguous() for tensor in (bias, residual)]
     launch(x, weight, *extra, out)
 
@@ -125,46 +124,26 @@ _POINTERS: Final = (POINTER,) * 5
 @cache
 def _streaming(kind: str, rows: int, features: int, width: int, dtype: torch.dtype, device: int) -> Callable[..., None]:
     """The launch of the streaming variant, tensors left to be given."""
-    ring = _Ring.of(rows, features, 8 if kind == "gated" else _TILE_ROWS, device)
     groups = ceil(rows / 8)
-    name = f"small_linear_{dtype_name(dtype)}_{kind}_{_PIECE}_{groups}"
-    types = (*_POINTERS, *(INT,) * 7, POINTER, *(INT,) * 6)
-    launch = kernel("small_linear", name, types, _SHARED_BYTES, is_dependent=True)
-    numbers = (rows, features, width, ring.stages, ring.input_stages, 1 << 30, 0, 0, 0, _COLUMNS, 0, _COLUMNS, 1, 0)
+    name = f"small_linear_{dtype_name(dtype)}_{kind}_{groups}"
+    launch = kernel("small_linear", name, (*_POINTERS, *(INT,) * 4), _SHARED_BYTES, is_dependent=True)
     grid, threads = (num_multiprocessors(device),), 32 * (_WARPS + 1)
-    return lambda *tensors: launch(grid, threads, *tensors, *numbers)
+    num_stages = _num_stages(_PIECES[groups])
+    return lambda *tensors: launch(grid, threads, *tensors, rows, features, width, num_stages)
+
+
+def _num_stages(piece: int) -> int:
+    """Tiles that shared memory holds beside the warps' sums, with two barriers of 8 bytes each."""
+    stage_bytes = _TILE_ROWS * (2 * piece + _PAD_BYTES) + 16
+    return (_SHARED_BYTES - _SUMS_BYTES) // stage_bytes
 
 
 @cache
-def _plain(variant: str, rows: int, features: int, width: int) -> Callable[..., None]:
+def _plain(variant: str, rows: int, features: int, width: int, device: int) -> Callable[..., None]:
     """The launch of the variant for all sizes and dtypes."""
     launch = kernel("small_linear_any", f"small_linear_any_{variant}", (*_POINTERS, *(INT,) * 3), is_dependent=True)
     grid = (ceil(features / 8), ceil(rows / 8))
     return lambda *tensors: launch(grid, 256, *tensors, rows, features, width)
-
-
-@dataclass(frozen=True)
-class _Ring:
-    """How shared memory is divided: stages of 16 rows of `_PIECE` columns of the weight, and of all rows of x."""
-
-    stages: int
-    input_stages: int
-
-    @classmethod
-    def of(cls, rows: int, features: int, units: int, device: int) -> _Ring:
-        """As many stages as there is room for; enough of x that the weights never wait for it."""
-        tiles = ceil(ceil(features / num_multiprocessors(device)) / units)
-        tiles = ceil(tiles / ceil(tiles / _MAX_TILES))
-        stages = 2
-        while cls(stages + 1, max(2, ceil((stages + 1) / tiles))).shared_bytes(rows) <= _SHARED_BYTES:
-            stages += 1
-        return cls(stages, max(2, ceil(stages / tiles)))
-
-    def shared_bytes(self, rows: int) -> int:
-        """Of a block: both rings, the warps' sums, and two barriers of 8 bytes per stage."""
-        pitch = 2 * _PIECE + _PAD_BYTES
-        data = (self.stages * _TILE_ROWS + self.input_stages * rows) * pitch
-        return data + _SUMS_BYTES + 16 * (self.stages + self.input_stages)
 
 
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:

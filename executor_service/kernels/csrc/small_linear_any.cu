@@ -1,7 +1,7 @@
 // x @ weight^T for any sizes and element types: a warp per output feature and eight rows of x, no tensor cores.
 #include "dependent.cuh"
 #include "numbers.cuh"
-#include "small_linear_ring.cuh"
+#include "small_linear_parts.cuh"
 
 namespace {
 

@@ -1,14 +1,20 @@
-// What small_linear is built of: barriers in shared memory that bulk copies complete, and tensor core instructions.
+// What small_linear is built of: barriers in shared memory that bulk copies complete, a ring of stages between them,
+// and the tensor cores' instruction.
 #pragma once
 
 #include "numbers.cuh"
+
+// As silu_mul has it.
+template <typename T> __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+
+template <> __device__ __forceinline__ float silu<float>(float x) { return x / (1.0f + expf(-x)); }
+
+#if __CUDA_ARCH__ >= 900
 
 // Addresses of the shared window are 32 bits wide in PTX.
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
-
-#if __CUDA_ARCH__ >= 900
 
 __device__ __forceinline__ void init_barrier(unsigned barrier, unsigned arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -24,14 +30,12 @@ __device__ __forceinline__ void arrive(unsigned barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// All lanes of a warp have read: one arrives for all.
+// All lanes of a warp have read: one arrives for all. Without the fence an arrival overtakes loads that have not
+// returned yet, and the next copy overwrites what they were to read (seen with many loads from memory under way).
 __device__ __forceinline__ void release(unsigned barrier) {
-#ifdef SMALL_LINEAR_ALL_ARRIVE
-    arrive(barrier);
-#else
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncwarp();
     if (threadIdx.x % 32 == 0) arrive(barrier);
-#endif
 }
 
 // Arrives, and lets the phase end only once copies have brought so many bytes.
@@ -69,52 +73,60 @@ __device__ __forceinline__ unsigned long long read_once_policy() {
     return policy;
 }
 
-// For data that all blocks read.
-__device__ __forceinline__ unsigned long long keep_policy() {
-    unsigned long long policy;
-    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
 // Both addresses and the size are multiples of 16 bytes.
-__device__ __forceinline__ void copy_once_read(
+__device__ __forceinline__ void copy(
     unsigned to, const void* from, unsigned bytes, unsigned barrier, unsigned long long policy) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
         ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
 
-__device__ __forceinline__ void copy(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+// 16 bytes that others may have written before wait_for_previous, so not before it and not from a cache for constants.
+__device__ __forceinline__ void load_words(unsigned (&to)[4], const void* from) {
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from) : "memory");
 }
 
-__device__ __forceinline__ void prefetch(const void* from, unsigned bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void load_matrices(unsigned (&to)[4], unsigned from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+__device__ __forceinline__ void load_shared_words(unsigned (&to)[4], unsigned from) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
 }
 
-__device__ __forceinline__ void load_matrices(unsigned (&to)[2], unsigned from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(to[0]), "=r"(to[1]) : "r"(from) : "memory");
-}
+// Barriers and stages of a ring; `full` ends when copies have come, `empty` when all consumers have read.
+struct Ring {
+    unsigned data, stride, full, empty;
+    int stages, stage;
+    unsigned parity;
+
+    __device__ unsigned here() const { return data + stage * stride; }
+    __device__ unsigned full_here() const { return full + 8 * stage; }
+    __device__ unsigned empty_here() const { return empty + 8 * stage; }
+    __device__ void advance() {
+        if (++stage < stages) return;
+        stage = 0;
+        parity ^= 1;
+    }
+    __device__ void init(int arrivals) const {
+        for (int i = 0; i < stages; ++i) {
+            init_barrier(full + 8 * i, 1);
+            init_barrier(empty + 8 * i, arrivals);
+        }
+    }
+};
 
 // sums[16][8] += a[16][16] b[16][8], fragments as in the PTX manual's m16n8k16.
 template <typename T>
-__device__ __forceinline__ void multiply_add(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
+__device__ __forceinline__ void multiply_add(
+    float (&sums)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1);
 
-#define MULTIPLY_ADD(T, NAME)                                                                                   \
-    template <>                                                                                                 \
-    __device__ __forceinline__ void multiply_add<T>(                                                            \
-        float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {                                     \
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                     \
-                     ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                     \
-                     : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                               \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                       \
+#define MULTIPLY_ADD(T, NAME)                                                                                        \
+    template <>                                                                                                      \
+    __device__ __forceinline__ void multiply_add<T>(                                                                 \
+        float (&sums)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {            \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                          \
+                     ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                          \
+                     : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                    \
+                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                        \
     }
 MULTIPLY_ADD(float16, "f16")
 MULTIPLY_ADD(bfloat16, "bf16")
