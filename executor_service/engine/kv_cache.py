@@ -65,7 +65,7 @@ def device_kv_cache_bytes(memory: DeviceMemory, utilization: float, peaks: Memor
 
     GpuShareTakenError says who holds what.
     """
-    share, reserved = int(memory.total_bytes * utilization), memory.reserved_peak_bytes
+    share = int(memory.total_bytes * utilization)
     torch.cuda.empty_cache()
     own, free = memory.own_bytes, memory.free_bytes
     if own + free < share:
@@ -74,7 +74,7 @@ def device_kv_cache_bytes(memory: DeviceMemory, utilization: float, peaks: Memor
             f"process has {own}, others have {memory.total_bytes - own - free}, and only {free} are free; lower it to "
             f"{(own + free) / memory.total_bytes:.2f} or stop the others"
         )
-    return share - reserved - peaks.graphs - other
+    return share - peaks.reserved - peaks.graphs - other
 
 
 def allocate_kv_caches(geometry: KVGeometry, num_blocks: int, runner: ModelRunner) -> Sequence[KVCache]:

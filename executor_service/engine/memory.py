@@ -26,6 +26,9 @@ class Memory(Protocol):
     def peak_bytes(self) -> int:
         """Most that was in use since `begin` or `restart`, beyond what was at `begin`."""
 
+    def reserved_peak_bytes(self) -> int:
+        """Most that the allocator had in all since `begin` or `restart`; 0 where nothing is sized by it."""
+
 
 def memory_of(device: torch.device) -> Memory:
     """What to measure a device by."""
@@ -53,6 +56,10 @@ class HostMemory:
         """See Memory."""
         return max(_status_field("VmHWM") - self._before, 0)
 
+    def reserved_peak_bytes(self) -> int:
+        """See Memory."""
+        return 0
+
 
 class DeviceMemory:
     """A GPU's, by torch's allocator and by the driver."""
@@ -66,27 +73,27 @@ class DeviceMemory:
     def begin(self) -> None:
         """See Memory."""
         torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()
         self._before = torch.cuda.memory_allocated(self._device)
         self.restart()
 
     def restart(self) -> None:
-        """See Memory."""
+        """What the allocator has kept of what is freed goes back first, so that it is in no later peak."""
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def peak_bytes(self) -> int:
         """See Memory."""
         return max(torch.cuda.max_memory_allocated(self._device) - self._before, 0)
 
+    def reserved_peak_bytes(self) -> int:
+        """See Memory."""
+        return torch.cuda.max_memory_reserved(self._device)
+
     @property
     def free_bytes(self) -> int:
         """What nobody has."""
         return torch.cuda.mem_get_info(self._device)[0]
-
-    @property
-    def reserved_peak_bytes(self) -> int:
-        """Most that torch's allocator had from the driver since `begin` or `restart`."""
-        return torch.cuda.max_memory_reserved(self._device)
 
     @property
     def own_bytes(self) -> int:

@@ -21,11 +21,16 @@ from registry.family import ModelFamily
 
 @dataclass(frozen=True)
 class MemoryPeaks:
-    """Bytes used beyond what was there before: by a step's parts, and for good by graphs of `num_graphs` sizes."""
+    """Bytes used beyond what was there before: by a step's parts, and for good by graphs of `num_graphs` sizes.
+
+    `reserved` is all that torch's allocator had at the larger of both peaks, weights included and the scratch KV cache
+    not; 0 on CPU.
+    """
 
     vision: int
     language: int
     graphs: int
+    reserved: int
 
 
 @torch.inference_mode()
@@ -41,16 +46,17 @@ def profile_run(
         runner.encoder.capture(items[0])
     memory.begin()
     runner.encoder.encode(_largest_encoder_batch(items, runner.limits.max_num_encoder_tokens))
-    vision = memory.peak_bytes()
+    vision, reserved = memory.peak_bytes(), memory.reserved_peak_bytes()
     memory.restart()
     runner.kv_caches = allocate_kv_caches(geometry, _num_scratch_blocks(runner), runner)
     scratch = sum(cache.keys.nbytes + cache.values.nbytes for cache in runner.kv_caches)
     _run_language_model(runner, prompt, items)
     _run_sampler(runner)
     language = max(memory.peak_bytes() - scratch, 0)
+    reserved = max(reserved, memory.reserved_peak_bytes() - scratch)
     graphs = _graph_bytes(runner, memory, num_graphs)
     runner.kv_caches = ()
-    return MemoryPeaks(vision, language, graphs)
+    return MemoryPeaks(vision, language, graphs, reserved)
 
 
 def _dummy_items(family: ModelFamily, runner: ModelRunner) -> tuple[list[int], list[EngineItem]]:
