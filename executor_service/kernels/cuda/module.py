@@ -21,7 +21,6 @@ INT: Final = ctypes.c_int
 LONG: Final = ctypes.c_longlong
 FLOAT: Final = ctypes.c_float
 BY_VALUE: Final = None
-_SHARED_BYTES_WITHOUT_ASKING: Final = 48 * 1024
 _NAMES: Final = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -87,13 +86,18 @@ def kernel(
 
 
 def _allow_shared_bytes(function: Any, name: str, shared_bytes: int) -> None:
-    """Raise the function's limit where need be; never lower it, since others may launch the same with more."""
+    """Raise the function's limit where need be; never lower it, since others may launch the same with more.
+
+    Also for little, since the function's static memory counts towards what needs no asking.
+    """
+    if not shared_bytes:
+        return
     from cuda.bindings import driver
 
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     status, allowed = driver.cuFuncGetAttribute(attribute, function)
-    if not status.value and shared_bytes > max(allowed, _SHARED_BYTES_WITHOUT_ASKING):
-        (status,) = driver.cuFuncSetAttribute(function, attribute, shared_bytes)
+    if not status.value:
+        (status,) = driver.cuFuncSetAttribute(function, attribute, max(allowed, shared_bytes))
     if status.value:
         raise KernelLoadError(f"kernel {name} cannot have {shared_bytes} bytes of shared memory: {status.name}")
 
