@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.activations import QuickGELUActivation
 
 from executor_service.kernels.paged_decode_attention import paged_decode_attention
+from executor_service.kernels.quick_gelu import quick_gelu
 from executor_service.kernels.rms_norm import add_rms_norm, rms_norm
 from executor_service.kernels.rotary_write_kv import rotary_write_kv
 from executor_service.kernels.silu_mul import silu_mul
@@ -122,6 +124,11 @@ def test_ops_are_registered_properly(dtype) -> None:
         torch.ops.diptych.rotary_write_kv.default,
         (qkv, torch.tensor([2, 0, 1]), angles, k_cache, v_cache, torch.tensor([0, -1, 11])),
     )
+
+
+def test_quick_gelu_equals_transformers() -> None:
+    x = 5 * torch.randn(7, 9, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    assert torch.equal(quick_gelu(x), QuickGELUActivation()(x))
 
 
 DTYPES = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 2**-7}
