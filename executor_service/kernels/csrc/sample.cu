@@ -5,8 +5,8 @@
 // the draw is an exact inverse transform of what these integers say, whatever the order of additions. (Only within the
 // 4 tokens that a thread reads together are they added as float32, always in the same order.)
 //
-// No sort: a threshold, by number of tokens or by probability, lies in one bin of a histogram over the distance from the
-// largest value; the few tokens of that bin are listed and compared with each other. Where they are many, as among
+// No sort: a threshold, by number of tokens or by probability, lies in one bin of a histogram over the distance from
+// the largest value; the few tokens of that bin are listed and compared with each other. Where they are many, as among
 // equal values, a radix selection over the bits of the values takes the histogram's place.
 #include "dependent.cuh"
 #include "numbers.cuh"
@@ -228,16 +228,15 @@ __device__ __noinline__ double score_row(
 }
 
 template <bool kInShared>
-__device__ __noinline__ int draw_token(
-    float* lent, int width, Best best, float mine, uint64 number) {
+__device__ __noinline__ int draw_token(float* lent, int width, Best best, float mine, uint64 number) {
     const double* const reals = parameters.reals;
     const long long* const integers = parameters.integers;
     const float* const values = values_of<kInShared>(lent);
     if (best.value - best.value != 0.0f) return best.id;  // nothing is possible, or one token is infinitely likely
     const double temperature = reals[kTemperature], min_p = reals[kMinP], top_p = reals[kTopP];
-    const double scale = 1.4426950408889634 / temperature, most = 1e30 / max(fabs(static_cast<double>(best.value)), 1.0);
+    const double largest = fabs(static_cast<double>(best.value));
     Weights weights;
-    weights.scale = static_cast<float>(min(scale, most));
+    weights.scale = static_cast<float>(min(1.4426950408889634 / temperature, 1e30 / max(largest, 1.0)));
     weights.offset = weights.scale * best.value;
     Cut cut = everything();
     if (min_p > 0) cut.value = __double2float_ru(best.value + temperature * log(min_p));

@@ -3,7 +3,7 @@
 #include "sample_block.cuh"
 
 constexpr float kOne = 68719476736.0f;  // a probability of 1, before normalisation: 2^36
-constexpr float kToInteger = 8388608.0f;  // 2^23: added to a float from 0 to 2^23, its last bits are the nearest integer
+constexpr float kToInteger = 8388608.0f;  // 2^23: the last bits of its sum with a smaller float are the nearest integer
 // Up to so many of the best tokens are found among those that are no less than so many threads' best.
 constexpr int kMaxBestOfThreads = 128;
 constexpr float kBinsPerHalving = 100.0f;  // of the probability; kBins of them reach down to 2^-20 of the largest
@@ -205,7 +205,7 @@ __device__ __noinline__ Cut cut_by_bits(float* lent, int width, Cut outer, Weigh
     return {value, token_at<kInShared, true>(lent, width, outer, weights, value, rank)};
 }
 
-// The last of the `most` best tokens among those that `outer` keeps; or of the best that have this share of their weight.
+// The last of the `most` best tokens among those that `outer` keeps; or of the best with this share of their weight.
 template <bool kInShared, bool kByWeight>
 __device__ __noinline__ Cut cut_at(float* lent, int width, Cut outer, Weights weights, double most) {
     const float* const values = values_of<kInShared>(lent);
@@ -252,7 +252,8 @@ __device__ __noinline__ Cut cut_at(float* lent, int width, Cut outer, Weights we
             bool is_there[4];
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-                is_there[e] = weights.bin_bits(four.values[e], infinity()) - zero == bin && four.values[e] >= four.least;
+                is_there[e] =
+                    four.values[e] >= four.least && weights.bin_bits(four.values[e], infinity()) - zero == bin;
             if (!(is_there[0] || is_there[1] || is_there[2] || is_there[3])) return;
 #pragma unroll
             for (int e = 0; e < 4; ++e)
@@ -265,8 +266,9 @@ __device__ __noinline__ Cut cut_at(float* lent, int width, Cut outer, Weights we
     return cut_by_bits<kInShared, kByWeight>(lent, width, outer, weights, most);
 }
 
-// Draws among the `top_k` best of the listed tokens which `cut` keeps, and of these the best that have the share `top_p`.
-__device__ __noinline__ int draw_in_list(int num_listed, int top_k, Cut cut, double top_p, Weights weights, uint64 random) {
+// Draws among the `top_k` best of the listed tokens which `cut` keeps, and of these the best with the share `top_p`.
+__device__ __noinline__ int draw_in_list(
+    int num_listed, int top_k, Cut cut, double top_p, Weights weights, uint64 random) {
     Compared mine = compare_listed(num_listed, kByOrder);
     __syncthreads();
     if (mine.place >= 0) {
