@@ -12,7 +12,7 @@ from torch import Tensor
 
 from executor_service.kernels.cuda.module import FLOAT, INT, POINTER, Kernel, dtype_name, kernel, num_multiprocessors
 from executor_service.kernels.library import define_op
-from executor_service.kernels.paged_rows import attend, gather_rows
+from executor_service.kernels.paged_rows import gather_rows
 
 _STREAMED_DTYPES: Final = (torch.float16, torch.bfloat16)
 _STREAMED_DIMS: Final = (64, 128)
@@ -59,21 +59,24 @@ def _cpu(
     softcap: float,
     out: Tensor,
 ) -> None:
-    """All requests together, padded to the longest; the heads that share a KV head are its query rows."""
+    """Request by request: then what is gathered for one is still in the core's own cache when it is multiplied.
+
+    So a request depends on nobody else in the batch. Scores are float32 at least.
+    """
     batch, num_heads, head_dim = query.shape
     num_kv_heads = k_cache.shape[2]
-    longest = int(seq_lens.max())
-    keys, values = (gather_rows(cache, block_tables, longest) for cache in (k_cache, v_cache))
-    mask = None
-    if sliding_window or bool((seq_lens != longest).any()):
-        places = torch.arange(longest)
-        seen = places < seq_lens[:, None]
-        if sliding_window:
-            seen &= places >= seq_lens[:, None] - sliding_window
-        mask = seen[:, None, None, :]
-    grouped = query.view(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    attended = attend(grouped, keys, values, mask, scale, softcap).reshape(query.shape)
-    out.copy_(attended.masked_fill_((seq_lens == 0)[:, None, None], 0.0))
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    grouped = (query.to(dtype) * scale).view(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    for row, length in enumerate(seq_lens.tolist()):
+        if not length:
+            out[row] = 0.0
+            continue
+        first = max(length - sliding_window, 0) if sliding_window else 0
+        keys, values = (gather_rows(cache, block_tables[row], length)[0, :, first:] for cache in (k_cache, v_cache))
+        scores = torch.bmm(grouped[row], keys.to(dtype).transpose(1, 2))
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        out[row] = torch.bmm(scores.softmax(-1), values.to(dtype)).view(num_heads, head_dim)
 
 
 @dataclass(frozen=True)
