@@ -5,6 +5,7 @@ On a GPU everything is enqueued and nothing is waited for: what `execute` return
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,12 +73,13 @@ class ModelRunner:
         scheduled, failed = self.encoder.encode_batch(batch.requests)
         if not scheduled:
             return ModelOutput([], None, failed)
-        size = self._graph_size(scheduled)
+        needs_token = [one.needs_token for one in scheduled]
+        size = self._graph_size(scheduled) if all(needs_token) else None
         if size is None:
-            logits, scores = self._forward(scheduled)
+            logits, scores = self._forward(scheduled, needs_token)
         else:
             logits, scores = self._replay(scheduled, size), PendingPromptLogprobs()
-        sampling = [request for request in scheduled if request.needs_token]
+        sampling = list(itertools.compress(scheduled, needs_token))
         if not sampling:
             return ModelOutput([], None, failed, scores)
         return ModelOutput(sampling, self._sample(logits, sampling), failed, scores)
@@ -102,11 +104,11 @@ class ModelRunner:
 
     # --- any batch ----------------------------------------------------------------------------------
 
-    def _forward(self, batch: list[ScheduledRequest]) -> tuple[Tensor, PendingPromptLogprobs]:
+    def _forward(self, batch: list[ScheduledRequest], needs_token: list[bool]) -> tuple[Tensor, PendingPromptLogprobs]:
         """Logits of the rows that need a token, and what the chunks say of prompts that are scored."""
         host = lay_out(batch, self.limits.block_size)
         ends = host.cu_seqlens[1:].astype(np.int64)
-        rows = ends[[scheduled.needs_token for scheduled in batch]] - 1
+        rows = ends[needs_token] - 1
         features, places = _features(batch, host.cu_seqlens)
         inputs, (sample_rows, feature_places) = self._stage.upload(host, rows, places)
         hidden = self._hidden(inputs, features, feature_places)
@@ -156,10 +158,9 @@ class ModelRunner:
         return decode
 
     def _graph_size(self, batch: list[ScheduledRequest]) -> int | None:
-        """The graph for a step that only decodes text; None: there is none."""
+        """The graph for a step that only decodes text, a token of everybody's; None: there is none."""
         if self.graphs is None or not all(
-            one.num_tokens == 1 and one.needs_token and not one.request.scores_prompt and one.is_behind_items
-            for one in batch
+            one.num_tokens == 1 and not one.request.scores_prompt and one.is_behind_items for one in batch
         ):
             return None
         return self.graphs.size_for(len(batch))
@@ -179,6 +180,8 @@ def _features(batch: list[ScheduledRequest], cu_seqlens: np.ndarray) -> tuple[li
     places = np.full((cu_seqlens[-1], 2), -1, dtype=np.int32)
     features: list[Tensor] = []
     for scheduled, begin in zip(batch, cu_seqlens.tolist(), strict=False):
+        if scheduled.is_behind_items:
+            continue
         start = scheduled.request.num_computed_tokens
         chunk = places[begin : begin + scheduled.num_tokens]
         for item in scheduled.request.items_between(start, start + scheduled.num_tokens):

@@ -150,7 +150,7 @@ class Request:
     @property
     def num_pending_tokens(self) -> int:
         """Tokens whose keys and values are not in the cache; at least 1 while the request runs."""
-        return self.num_expected_tokens - self.num_computed_tokens
+        return self.num_tokens + self.num_inflight_tokens - self.num_computed_tokens
 
     @property
     def awaits_tokens(self) -> bool:

@@ -214,7 +214,7 @@ class _Budget:
 
     def fit(self, request: Request) -> int:
         """How many tokens of the request fit: up to the first item that cannot be encoded in this step."""
-        if request.awaits_tokens:
+        if request.num_inflight_tokens and request.awaits_tokens:
             return 0
         start = request.num_computed_tokens
         num_tokens = min(request.num_pending_tokens, self.tokens)

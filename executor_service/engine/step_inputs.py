@@ -145,7 +145,10 @@ def _tokens(batch: Sequence[ScheduledRequest], cu_seqlens: np.ndarray) -> tuple[
         request, start = scheduled.request, scheduled.request.num_computed_tokens
         end = start + scheduled.num_tokens
         known = min(end, request.num_tokens)
-        token_ids[begin : begin + known - start] = _known_ids(scheduled, known)
+        if start >= request.items_end and known == start + 1:
+            token_ids[begin] = request.token_ids[start]  # as nearly all do nearly always
+        else:
+            token_ids[begin : begin + known - start] = _known_ids(scheduled, known)
         if end > known:
             sampled_rows[begin + known - start] = request.sampled_row
     return token_ids, sampled_rows
