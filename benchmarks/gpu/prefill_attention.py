@@ -1,6 +1,7 @@
 """Paged prefill attention beside FlashAttention 3 and what torch itself brings, in TFLOP/s.
 
-Counted are the products that causal attention needs, 4 x head size for every pair of a query and a key that it sees.
+Counted are the products that attention needs, 4 x head size for every pair of a query and a key that it sees. In the
+last cases the tokens of a picture see each other, which the libraries' causal kernels cannot do: SDPA gets a mask.
 All arms of a case take turns, a bf16 product of 8192^3 random elements among them. FlashAttention 3 (vLLM's) reads the
 same blocks as ours; torch's arms read keys and values that somebody has gathered before, and that is not counted.
 """
@@ -36,13 +37,14 @@ SIDE = 8192
 
 @dataclass(frozen=True)
 class Case:
-    """A batch of chunks that are all alike: `new` tokens each behind `cached` ones."""
+    """A batch of chunks that are all alike: `new` tokens, the first `span` of them a picture, behind `cached` ones."""
 
     name: str
     num_requests: int
     new: int
     cached: int
     heads: tuple[int, int]
+    span: int = 0
 
     @property
     def length(self) -> int:
@@ -52,7 +54,7 @@ class Case:
     @property
     def operations(self) -> float:
         """Of both products."""
-        pairs = self.new * self.cached + self.new * (self.new + 1) / 2
+        pairs = self.new * self.cached + self.new * (self.new + 1) / 2 + self.span * (self.span - 1) / 2
         return 4.0 * HEAD_DIM * self.heads[0] * self.num_requests * pairs
 
 
@@ -64,6 +66,9 @@ CASES = (
     Case("2048 tokens after 6144", 1, 2048, 6144, (32, 32)),
     Case("1 prompt of 2944, 32/8 heads", 1, 2944, 0, (32, 8)),
     Case("3 prompts of 2944, 32/8 heads", 3, 2944, 0, (32, 8)),
+    Case("3 prompts of 640, pictures of 576", 3, 640, 0, (32, 32), span=576),
+    Case("12 prompts of 640, pictures of 576", 12, 640, 0, (32, 32), span=576),
+    Case("8 prompts of 320 after 640, pictures of 256", 8, 320, 640, (32, 8), span=256),
 )
 
 
@@ -77,6 +82,7 @@ class Inputs:
     tables: Tensor
     starts: Tensor
     lengths: Tensor
+    ends: Tensor
     keys: Tensor
     values: Tensor
     out: Tensor
@@ -92,7 +98,15 @@ def make_inputs(case: Case) -> Inputs:
     query = normal(case.num_requests * case.new, num_heads, HEAD_DIM)
     starts = torch.arange(case.num_requests + 1, device="cuda").int() * case.new
     lengths = torch.full((case.num_requests,), case.length, device="cuda").int()
-    return Inputs(query, k_cache, v_cache, tables, starts, lengths, keys, values, torch.empty_like(query))
+    ends = visible_ends(case).repeat(case.num_requests)
+    return Inputs(query, k_cache, v_cache, tables, starts, lengths, ends, keys, values, torch.empty_like(query))
+
+
+def visible_ends(case: Case) -> Tensor:
+    """How many tokens of its request each query of a chunk sees: int32 [new]."""
+    ends = torch.arange(case.cached + 1, case.length + 1, device="cuda").int()
+    ends[: case.span] = case.cached + case.span
+    return ends
 
 
 def normal(*shape: int) -> Tensor:
@@ -103,16 +117,16 @@ def normal(*shape: int) -> Tensor:
 Arm = Callable[[Inputs], Tensor]
 
 
-def ours(case: Case, launch: Any = None) -> Arm:
-    """The op; or one kernel of it."""
+def ours(case: Case, has_spans: bool, launch: Any = None) -> Arm:
+    """The op; or one kernel of it. With spans also where there are none, to see what that costs."""
     cuda = op.PAGED_PREFILL_ATTENTION.direct("cuda")
 
     def call(x: Inputs) -> Tensor:
         tensors = (x.query, x.k_cache, x.v_cache, x.tables, x.starts, x.lengths)
         if launch is None:
-            cuda(*tensors, case.new, SCALE, 0, 0.0, x.out)
+            cuda(*tensors, case.new, SCALE, 0, 0.0, x.out, x.ends if has_spans else None)
         else:
-            launch((*tensors, x.out), (case.num_requests, case.new), (SCALE, 0, 0.0))
+            launch((*tensors, x.out), (case.num_requests, case.new), (SCALE, 0, 0.0, x.ends if has_spans else 0))
         return x.out
 
     return call
@@ -143,6 +157,8 @@ def sdpa(case: Case, backend: SDPBackend) -> Arm:
     """Torch's scaled_dot_product_attention on gathered keys and values."""
     gqa = case.heads[0] != case.heads[1]
     mask: Any = causal_lower_right(case.new, case.length) if case.cached else None
+    if case.span:
+        mask = torch.arange(case.length, device="cuda") < visible_ends(case)[:, None]
 
     def call(x: Inputs) -> Tensor:
         query = x.query.view(case.num_requests, case.new, *x.query.shape[1:]).transpose(1, 2)
@@ -175,11 +191,29 @@ def varlen(case: Case) -> Arm:
     return call
 
 
-def arms(case: Case) -> dict[str, Callable[[], Arm]]:
+def arms(case: Case, only_ours: bool) -> dict[str, Callable[[], Arm]]:
     """Everything that may compute a case."""
+    has_spans = case.span > 0
     table: dict[str, Callable[[], Arm]] = {
-        "ours": lambda: ours(case),
-        "ours, mma.sync": lambda: ours(case, op._mma(DTYPE, HEAD_DIM)),
+        "ours": lambda: ours(case, has_spans),
+        "ours, mma.sync": lambda: ours(case, has_spans, op._mma(DTYPE, HEAD_DIM, has_spans)),
+    }
+    if not has_spans:
+        table["ours, spans of one"] = lambda: ours(case, True)
+    return table if only_ours else table | (masked_peers(case) if has_spans else causal_peers(case))
+
+
+def masked_peers(case: Case) -> dict[str, Callable[[], Arm]]:
+    """What takes a mask."""
+    return {
+        "torch SDPA efficient": lambda: sdpa(case, SDPBackend.EFFICIENT_ATTENTION),
+        "torch SDPA cuDNN": lambda: sdpa(case, SDPBackend.CUDNN_ATTENTION),
+    }
+
+
+def causal_peers(case: Case) -> dict[str, Callable[[], Arm]]:
+    """What is causal."""
+    table: dict[str, Callable[[], Arm]] = {
         "torch SDPA flash": lambda: sdpa(case, SDPBackend.FLASH_ATTENTION),
         "torch SDPA cuDNN": lambda: sdpa(case, SDPBackend.CUDNN_ATTENTION),
         "torch varlen_attn": lambda: varlen(case),
@@ -195,8 +229,7 @@ def reference(case: Case, x: Inputs) -> Tensor:
     query = x.query[: case.new, :2].transpose(0, 1).double()
     keys, values = (tensor[0, :, [0, 1 // group]].transpose(0, 1).double() for tensor in (x.keys, x.values))
     scores = query @ keys.transpose(1, 2) * SCALE
-    ends = torch.arange(case.cached, case.length, device="cuda")[:, None]
-    scores.masked_fill_(torch.arange(case.length, device="cuda") > ends, float("-inf"))
+    scores.masked_fill_(torch.arange(case.length, device="cuda") >= visible_ends(case)[:, None], float("-inf"))
     return (scores.softmax(-1) @ values).transpose(0, 1)
 
 
@@ -257,14 +290,14 @@ def host_seconds(arm: Arm, x: Inputs) -> float:
     return taken / HOST_CALLS
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure(case: Case, only_ours: bool) -> dict[str, Any]:
     """All arms of one case, their errors first."""
     a, b = normal(SIDE, SIDE), normal(SIDE, SIDE)
     inputs = [make_inputs(case) for _ in range(num_sets(case))]
     expected = reference(case, inputs[0])
     graphs = {"product": captured([lambda: a @ b] * 4)}
     figures: dict[str, Any] = {}
-    for name, make in arms(case).items():
+    for name, make in arms(case, only_ours).items():
         try:
             arm = make()
             out = arm(inputs[0])[: case.new, :2].double()
@@ -313,6 +346,7 @@ def show(case: Case, figures: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Print and write microseconds, TFLOP/s, shares and errors."""
     parser = make_parser("gpu.prefill_attention", __doc__)
+    parser.add_argument("--only-ours", action="store_true", help="our kernels alone, without their peers")
     options = parser.parse_args(argv)
     load_before = os.getloadavg()[0]
     torch.manual_seed(0)
@@ -321,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
     figures: dict[str, Any] = {"device": torch.cuda.get_device_name()}
     print(figures["device"])
     for case in CASES[:2] if options.quick else CASES:
-        figures[case.name] = measure(case)
+        figures[case.name] = measure(case, options.only_ours)
         show(case, figures[case.name])
         torch.cuda.empty_cache()
     write_result("gpu_prefill_attention", figures, options, load_before)

@@ -22,8 +22,9 @@ IMPLEMENTATION: Final = "diptych_paged"
 
 
 class Attention(nn.Module):
-    """Causal attention of one layer; keys and values go to the layer's cache first.
+    """Attention of one layer; keys and values go to the layer's cache first.
 
+    Causal, but for bidirectional spans, which are the batch's to know.
     `sliding_window` and `softcap` of 0 mean none.
     """
 
@@ -98,7 +99,7 @@ def paged_attention(
     if count < len(batch.seq_lens):
         PAGED_PREFILL_ATTENTION.direct(device)(
             query, *caches, batch.block_tables[count:], batch.cu_seqlens[count:], batch.seq_lens[count:],
-            batch.max_query_len, scale, sliding_window, softcap, out,
+            batch.max_query_len, scale, sliding_window, softcap, out, batch.visible_ends,
         )  # fmt: skip
     return out
 

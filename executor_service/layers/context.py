@@ -22,8 +22,9 @@ class AttentionMetadata:
     """One flattened batch of R requests and T tokens; the first `num_decodes` requests have a single token each.
 
     `slot_mapping` [T] is int64; `cu_seqlens` [R + 1], `seq_lens` [R] (tokens in the cache after this pass) and
-    `block_tables` [R, max_blocks] are int32. No chunk has more than `max_query_len` tokens. The last two numbers are
-    the host's, so that nobody waits for the device to know them.
+    `block_tables` [R, max_blocks] are int32. No chunk has more than `max_query_len` tokens. The two numbers are the
+    host's, so that nobody waits for the device to know them. `visible_ends` [T], int32, is there where a chunk has
+    tokens that see later ones; see `paged_prefill_attention`.
     """
 
     slot_mapping: Tensor
@@ -32,6 +33,7 @@ class AttentionMetadata:
     block_tables: Tensor
     num_decodes: int
     max_query_len: int
+    visible_ends: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,22 @@ from executor_service.kernels.silu_mul import silu_mul
 from executor_service.kernels.write_kv import write_kv
 from executor_service.layers.attention import paged_attention
 from executor_service.layers.context import AttentionMetadata, KVCache
+from tests.executor_service.spans import visible_ends
 
 
-def plain_attention(query, keys, values, first, scale, window, softcap):
-    """One request: query [n, Hq, D] at positions `first`…, keys and values [L, Hkv, D]; float64, no tricks."""
+def plain_attention(query, keys, values, first, scale, window, softcap, ends=None):
+    """One request: query [n, Hq, D] at positions `first`…, keys and values [L, Hkv, D]; float64, no tricks.
+
+    `ends` [n]: how many tokens each query sees, where that is not up to itself.
+    """
     repeats = query.shape[1] // keys.shape[1]
     out = torch.empty_like(query)
     for row in range(query.shape[0]):
         position = first + row
         start = max(0, position + 1 - window) if window else 0
+        end = position + 1 if ends is None else ends[row]
         for head in range(query.shape[1]):
-            k, v = (t[start : position + 1, head // repeats] for t in (keys, values))
+            k, v = (t[start:end, head // repeats] for t in (keys, values))
             scores = (k @ query[row, head]) * scale
             if softcap:
                 scores = softcap * torch.tanh(scores / softcap)
@@ -72,20 +77,24 @@ def batches(draw):
 
 
 @settings(max_examples=60, deadline=None)
-@given(batches(), st.sampled_from([0, 1, 5, 17]), st.sampled_from([0.0, 3.0]), st.integers(0, 2**16))
-def test_paged_attention_equals_plain_attention(batch, window, softcap, seed) -> None:
+@given(batches(), st.booleans(), st.sampled_from([0, 1, 5, 17]), st.sampled_from([0.0, 3.0]), st.integers(0, 2**16))
+def test_paged_attention_equals_plain_attention(batch, has_spans, window, softcap, seed) -> None:
     lengths, chunks, heads, kv_heads, dim, block_size = batch
     rows, k_cache, v_cache, tables = paged(lengths, chunks, heads, kv_heads, dim, block_size, seed)
     cu_seqlens = torch.tensor([0, *torch.tensor(chunks).cumsum(0).tolist()], dtype=torch.int32)
     query = torch.cat([row[0] for row in rows])
     num_decodes = next((row for row, size in enumerate(chunks) if size > 1), len(chunks))
+    cached = [length - size for length, size in zip(lengths, chunks, strict=True)]
+    ends = visible_ends(zip(chunks, cached, strict=True), seed) if has_spans else None
     metadata = AttentionMetadata(
-        torch.empty(0), cu_seqlens, torch.tensor(lengths, dtype=torch.int32), tables, num_decodes, max(chunks)
+        torch.empty(0), cu_seqlens, torch.tensor(lengths, dtype=torch.int32), tables, num_decodes, max(chunks), ends
     )
     got = paged_attention(query, KVCache(k_cache, v_cache), metadata, 0.3, window, softcap)
     for index, (q, k, v) in enumerate(rows):
-        expected = plain_attention(q, k, v, lengths[index] - chunks[index], 0.3, window, softcap)
-        torch.testing.assert_close(got[cu_seqlens[index] : cu_seqlens[index + 1]], expected, atol=1e-12, rtol=1e-10)
+        rows_of = slice(cu_seqlens[index], cu_seqlens[index + 1])
+        own_ends = None if ends is None else ends[rows_of].tolist()
+        expected = plain_attention(q, k, v, cached[index], 0.3, window, softcap, own_ends)
+        torch.testing.assert_close(got[rows_of], expected, atol=1e-12, rtol=1e-10)
 
 
 def test_a_decode_without_tokens_is_zero() -> None:
@@ -107,9 +116,10 @@ def test_ops_are_registered_properly(dtype) -> None:
     torch.library.opcheck(
         torch.ops.diptych.paged_decode_attention.default, (query[:2], *caches, lengths, 0.3, 0, 0.0, out[:2].clone())
     )
-    torch.library.opcheck(
-        torch.ops.diptych.paged_prefill_attention.default, (query, *caches, starts, lengths, 6, 0.3, 0, 0.0, out)
-    )
+    prefill = (query, *caches, starts, lengths, 6, 0.3, 0, 0.0, out)
+    torch.library.opcheck(torch.ops.diptych.paged_prefill_attention.default, prefill)
+    ends = visible_ends([(1, 8), (6, 14)], 0)
+    torch.library.opcheck(torch.ops.diptych.paged_prefill_attention.default, (*prefill, ends))
     key = torch.randn(3, 2, 8).to(dtype)
     torch.library.opcheck(
         torch.ops.diptych.write_kv.default, (key, key.clone(), k_cache, v_cache, torch.tensor([0, 5, 11]))

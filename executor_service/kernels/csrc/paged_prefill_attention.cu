@@ -10,12 +10,12 @@ constexpr int kSlices = 4;  // 32 output elements each: what a warp keeps in reg
 template <typename T>
 __device__ __forceinline__ void attend(
     const T* __restrict__ query, const T* __restrict__ k_cache, const T* __restrict__ v_cache,
-    const int* __restrict__ table, int position, int num_kv_heads, int kv_head, int head_dim, int block_size,
-    float scale, int window, float softcap, T* __restrict__ out) {
-    const int lane = threadIdx.x % 32, end = position + 1;
+    const int* __restrict__ table, int begin, int end, int num_kv_heads, int kv_head, int head_dim, int block_size,
+    float scale, float softcap, T* __restrict__ out) {
+    const int lane = threadIdx.x % 32;
     for (int slice = 0; slice < head_dim; slice += 32 * kSlices) {
         float maximum = prefill::minus_infinity(), sum = 0.0f, outputs[kSlices] = {};
-        for (int first = prefill::first_key(position, window); first < end; first += 32) {
+        for (int first = begin; first < end; first += 32) {
             const int key = first + lane;
             float score = prefill::minus_infinity();
             long long row = 0;
@@ -60,7 +60,7 @@ __device__ __forceinline__ void attend(
     extern "C" __global__ void __launch_bounds__(32 * kWarps) paged_prefill_attention_##NAME(                         \
         const T* query, const T* k_cache, const T* v_cache, const int* block_tables, const int* cu_seqlens,           \
         const int* seq_lens, T* out, int num_kv_heads, int head_dim, int block_size, long long table_stride,          \
-        float scale, int window, float softcap) {                                                                     \
+        float scale, int window, float softcap, const int* visible_ends) {                                            \
         wait_for_previous();                                                                                          \
         const int request = blockIdx.z, head = blockIdx.y, num_heads = gridDim.y;                                     \
         const prefill::Chunk chunk = prefill::chunk_of(cu_seqlens, seq_lens, request);                                \
@@ -68,9 +68,10 @@ __device__ __forceinline__ void attend(
         const int index = chunk.count - 1 - static_cast<int>(blockIdx.x * kWarps + threadIdx.x / 32);                 \
         if (index < 0) return;                                                                                        \
         const long long row = (static_cast<long long>(chunk.begin + index) * num_heads + head) * head_dim;            \
+        const int position = chunk.length - chunk.count + index;                                                      \
         attend<T>(                                                                                                    \
-            query + row, k_cache, v_cache, block_tables + request * table_stride, chunk.length - chunk.count + index, \
-            num_kv_heads, head / (num_heads / num_kv_heads), head_dim, block_size, scale, window, softcap,            \
-            out + row);                                                                                               \
+            query + row, k_cache, v_cache, block_tables + request * table_stride,                                     \
+            prefill::first_key(position, window), visible_ends ? visible_ends[chunk.begin + index] : position + 1,    \
+            num_kv_heads, head / (num_heads / num_kv_heads), head_dim, block_size, scale, softcap, out + row);        \
     }
 FOR_EACH_DTYPE(KERNEL)

@@ -48,6 +48,13 @@ __device__ __forceinline__ int first_key(int position, int window) {
     return window && position >= window ? position - window + 1 : 0;
 }
 
+// The last key that a query sees: itself; or with spans what is before its row's entry of `visible_ends`. Entries of a
+// chunk never fall, so the last row of a tile sees the most.
+template <bool kSpans>
+__device__ __forceinline__ int last_key(const int* visible_ends, int row, int position) {
+    return kSpans ? visible_ends[row] - 1 : position;
+}
+
 // How scores become exponents: softmax takes 2^(factor * (score - maximum)), after `cap` where there is one.
 struct Scaling {
     float factor;  // of a score (of a capped one, if `inner` is not 0)
@@ -69,18 +76,22 @@ template <int kCount> __device__ __forceinline__ void cap(float (&scores)[kCount
     for (int i = 0; i < kCount; ++i) scores[i] = capped(scores[i], inner);
 }
 
-// Hides what rows may not see. `position` is that of the thread's first row, `key` the first of its columns.
-template <int kCount> __device__ __forceinline__ void mask(float (&scores)[kCount], int position, int key, int window) {
+// Hides what rows may not see. `position` is that of the thread's first row, `key` the first of its columns. With spans
+// the first row's entry of `visible_ends` is number `row`; what is from `end` on belongs to no row of the tile.
+template <bool kSpans, int kCount>
+__device__ __forceinline__ void mask(
+    float (&scores)[kCount], int position, int key, int window, const int* visible_ends, int row, int end) {
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        const int last = position + 8 * row - key;
-        const int before = window ? last - window : -(1 << 30);
+    for (int i = 0; i < 2; ++i) {
+        const int own = position + 8 * i - key;
+        const int last = kSpans ? visible_ends[min(row + 8 * i, end - 1)] - 1 - key : own;
+        const int before = window ? own - window : -(1 << 30);
 #pragma unroll
-        for (int i = 0; i < kCount / 4; ++i) {
+        for (int j = 0; j < kCount / 4; ++j) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                float& score = scores[4 * i + 2 * row + e];
-                if (8 * i + e > last || 8 * i + e <= before) score = minus_infinity();
+                float& score = scores[4 * j + 2 * i + e];
+                if (8 * j + e > last || 8 * j + e <= before) score = minus_infinity();
             }
         }
     }

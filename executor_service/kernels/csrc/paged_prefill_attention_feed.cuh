@@ -23,6 +23,7 @@ struct Arguments {
     float scale;
     int window;
     float softcap;
+    const int* visible_ends;  // of no use without spans
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -108,6 +109,7 @@ struct Drawing {
     int first_request = 0, num_before = 0;  // tiles of the requests before it
 
     // The tile of `ticket`; without rows if there are fewer.
+    template <bool kSpans>
     __device__ __forceinline__ Work tile(const Arguments& arguments) {
         const int lane = threadIdx.x % 32, number = ticket / arguments.num_heads;
         for (; first_request < arguments.num_requests; first_request += 32) {
@@ -124,19 +126,22 @@ struct Drawing {
             if (found) {
                 const int from = __ffs(found) - 1;
                 const auto its = [&](int value) { return __shfl_sync(kAllLanes, value, from); };
-                return tile_of(arguments, its(request), {its(chunk.begin), its(chunk.count), its(chunk.length)},
-                               its(until) - 1 - number);
+                return tile_of<kSpans>(arguments, its(request),
+                                       {its(chunk.begin), its(chunk.count), its(chunk.length)},
+                                       its(until) - 1 - number);
             }
             num_before = __shfl_sync(kAllLanes, until, 31);
         }
         return {};
     }
+    template <bool kSpans>
     __device__ __forceinline__ Work tile_of(
         const Arguments& arguments, int request, const Chunk& chunk, int tile) const {
         const int first = tile * kRows, num_rows = min(kRows, chunk.count - first);
-        const int position = chunk.length - chunk.count + first;
-        return {request, ticket % arguments.num_heads, chunk.begin + first, num_rows, position,
-                first_key(position, arguments.window) / kKeys, (position + num_rows - 1) / kKeys, chunk.length};
+        const int position = chunk.length - chunk.count + first, row = chunk.begin + first;
+        const int last = last_key<kSpans>(arguments.visible_ends, row + num_rows - 1, position + num_rows - 1);
+        return {request, ticket % arguments.num_heads, row, num_rows, position,
+                first_key(position, arguments.window) / kKeys, last / kKeys, chunk.length};
     }
     __device__ __forceinline__ void draw(int* num_drawn) {
         if (threadIdx.x % 32 == 0) ticket = gridDim.x + atomicAdd(num_drawn, 1);
@@ -169,7 +174,7 @@ __device__ __forceinline__ void copy_queries(const Arguments& arguments, const W
 }
 
 // The first of the warps that bring queries: says what to do next.
-template <typename T, int kDim>
+template <typename T, int kDim, bool kSpans>
 __device__ __forceinline__ void draw_tiles(const Arguments& arguments, const Shared<kDim>& shared) {
     using S = Shared<kDim>;
     const bool leads = threadIdx.x % 32 == 0;
@@ -181,7 +186,7 @@ __device__ __forceinline__ void draw_tiles(const Arguments& arguments, const Sha
             wait(shared.barrier(S::kNearlyDone), i & 1 ^ 1);
             drawing.draw(arguments.num_drawn);
         }
-        const Work work = drawing.tile(arguments);
+        const Work work = drawing.tile<kSpans>(arguments);
         wait(shared.barrier(S::kSlotFree, slot), (i / kSlots & 1) ^ 1);
         if (leads) {
             shared.work(slot) = work;

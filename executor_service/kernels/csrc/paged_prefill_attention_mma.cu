@@ -154,12 +154,12 @@ __device__ __forceinline__ void copy_queries(unsigned to, const T* from, int row
 }
 
 // Grid (heads, tiles of the longest chunk, requests).
-template <typename T, int kDim>
+template <typename T, int kDim, bool kSpans>
 __device__ __forceinline__ void attend(
     const T* __restrict__ query, const T* __restrict__ k_cache, const T* __restrict__ v_cache,
     const int* __restrict__ block_tables, const int* __restrict__ cu_seqlens, const int* __restrict__ seq_lens,
     T* __restrict__ out, int num_kv_heads, int block_size, long long table_stride, float scale, int window,
-    float softcap) {
+    float softcap, const int* __restrict__ visible_ends) {
     extern __shared__ __align__(128) unsigned char shared[];
     constexpr int kTileBytes = kKeys * kDim * 2;
     const unsigned queries = prefill::shared_address(shared), keys = queries + kRows * kDim * 2,
@@ -178,14 +178,15 @@ __device__ __forceinline__ void attend(
                            block_size,            chunk.length,        num_kv_heads * kDim,
                            {}};
     const int lowest = prefill::first_key(position, window) / kKeys;
-    int tile = (position + num_rows - 1) / kKeys;
+    const int first_row = chunk.begin + first, end_row = first_row + num_rows;
+    int tile = prefill::last_key<kSpans>(visible_ends, end_row - 1, position + num_rows - 1) / kKeys;
     copy_queries<T, kDim>(queries, query + row, num_heads * kDim, num_rows);
     gather.look_up(tile);
     gather.copy(tile, keys, values);
     if (tile > lowest) gather.look_up(tile - 1);
 
     const prefill::Scaling scaling = prefill::scaling_of(scale, softcap);
-    const int lane = threadIdx.x % 32, own_position = position + threadIdx.x / 32 * 16;
+    const int lane = threadIdx.x % 32, own_row = threadIdx.x / 32 * 16, own_position = position + own_row;
     prefill::Rows rows;
     float outputs[kDim / 2] = {};
     for (int stage = 0; tile >= lowest; --tile, stage ^= 1) {
@@ -201,7 +202,9 @@ __device__ __forceinline__ void attend(
         const bool hides = tile * kKeys + kKeys - 1 > own_position ||
                            (window && tile * kKeys <= own_position + 15 - window);
         if (hides)
-            prefill::mask(scores, own_position + lane / 4, tile * kKeys + lane % 4 * 2, window);
+            prefill::mask<kSpans>(
+                scores, own_position + lane / 4, tile * kKeys + lane % 4 * 2, window, visible_ends,
+                first_row + own_row + lane / 4, end_row);
         prefill::find_largest<0>(scores, rows, scaling.factor, shift, corrections);
         prefill::scale_rows(outputs, corrections);
         unsigned weights[kKeys / 4];
@@ -218,17 +221,19 @@ __device__ __forceinline__ void attend(
 
 }  // namespace
 
-#define KERNEL(NAME, T, DIM)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(kThreads, 2) paged_prefill_attention_mma_##NAME##_##DIM(             \
+#define KERNEL(NAME, T, DIM, SPANS)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(kThreads, 2) paged_prefill_attention_mma_##NAME(                     \
         const T* query, const T* k_cache, const T* v_cache, const int* block_tables, const int* cu_seqlens,           \
         const int* seq_lens, T* out, int num_kv_heads, int block_size, long long table_stride, float scale,           \
-        int window, float softcap) {                                                                                  \
-        attend<T, DIM>(                                                                                               \
+        int window, float softcap, const int* visible_ends) {                                                         \
+        attend<T, DIM, SPANS>(                                                                                        \
             query, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, out, num_kv_heads, block_size, table_stride, \
-            scale, window, softcap);                                                                                  \
+            scale, window, softcap, visible_ends);                                                                    \
     }
-#define KERNELS(NAME, T)  \
-    KERNEL(NAME, T, 64)   \
-    KERNEL(NAME, T, 128)
+#define KERNELS(NAME, T)                      \
+    KERNEL(NAME##_64, T, 64, false)           \
+    KERNEL(NAME##_64_spans, T, 64, true)      \
+    KERNEL(NAME##_128, T, 128, false)         \
+    KERNEL(NAME##_128_spans, T, 128, true)
 KERNELS(float16, float16)
 KERNELS(bfloat16, bfloat16)

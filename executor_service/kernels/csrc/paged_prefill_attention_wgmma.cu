@@ -71,10 +71,8 @@ __device__ __forceinline__ void store_rows(
     __syncwarp();
 }
 
-// One warpgroup: attention of its half of every tile of queries. Its work is one stream of tiles of keys, also across
-// tiles of queries: while the weights of one meet their values, the next is multiplied by its queries and softened.
 // One warpgroup: attention of its half of every tile of queries.
-template <typename T, int kDim> struct Warpgroup {
+template <typename T, int kDim, bool kSpans> struct Warpgroup {
     using S = Shared<kDim>;
     using Scores = float[kKeys / 2];
     using Weights = unsigned[kKeys / 4];
@@ -116,7 +114,8 @@ template <typename T, int kDim> struct Warpgroup {
         const int position = work.position + first_row, key = tile * kKeys, window = arguments.window;
         if (scaling.inner != 0.0f) cap(scores, scaling.inner);
         if (key + kKeys - 1 > position || (window && key <= position + 15 - window))
-            mask(scores, position + lane / 4, key + lane % 4 * 2, window);
+            mask<kSpans>(scores, position + lane / 4, key + lane % 4 * 2, window, arguments.visible_ends,
+                         work.row + first_row + lane / 4, work.row + work.num_rows);
     }
     // Of the last tile of keys, which comes first.
     __device__ __forceinline__ void first_weights(
@@ -183,7 +182,7 @@ template <typename T, int kDim> struct Warpgroup {
     }
 };
 
-template <typename T, int kDim>
+template <typename T, int kDim, bool kSpans>
 __device__ __forceinline__ void run(const Arguments& arguments) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const unsigned start = shared_address(memory), skipped = (1024 - start % 1024) % 1024;
@@ -199,12 +198,12 @@ __device__ __forceinline__ void run(const Arguments& arguments) {
         give_registers<40>();
         const int warp = threadIdx.x / 32;
         if (warp == 0) bring_keys_and_values<kDim>(arguments, shared);
-        if (warp == 1) draw_tiles<T, kDim>(arguments, shared);
+        if (warp == 1) draw_tiles<T, kDim, kSpans>(arguments, shared);
         if (warp >= 2) bring_queries<T, kDim>(arguments, shared, warp - 1);
         let_next_begin();
     } else {
         take_registers<232>();
-        Warpgroup<T, kDim>(arguments, shared, uniform(role - 1)).run();
+        Warpgroup<T, kDim, kSpans>(arguments, shared, uniform(role - 1)).run();
     }
 }
 
@@ -214,23 +213,25 @@ __device__ __forceinline__ void run(const Arguments& arguments) {
 
 // The shared memory that a launch asks for has 1024 bytes more than is used: atoms are aligned to as many.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define RUN(T, DIM)                                                                                          \
-    run<T, DIM>(                                                                                             \
+#define RUN(T, DIM, SPANS)                                                                                   \
+    run<T, DIM, SPANS>(                                                                                      \
         {&k_map, &v_map, query, block_tables, cu_seqlens, seq_lens, out, num_drawn, num_requests, num_heads, \
-         num_kv_heads, block_size, table_stride, scale, window, softcap})
+         num_kv_heads, block_size, table_stride, scale, window, softcap, visible_ends})
 #else
-#define RUN(T, DIM) __trap()
+#define RUN(T, DIM, SPANS) __trap()
 #endif
-#define KERNEL(NAME, T, DIM)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(kThreads, 1) paged_prefill_attention_wgmma_##NAME##_##DIM(     \
+#define KERNEL(NAME, T, DIM, SPANS)                                                                             \
+    extern "C" __global__ void __launch_bounds__(kThreads, 1) paged_prefill_attention_wgmma_##NAME(             \
         const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const void* query,    \
         const int* block_tables, const int* cu_seqlens, const int* seq_lens, void* out, int* num_drawn,         \
         int num_requests, int num_heads, int num_kv_heads, int block_size, long long table_stride, float scale, \
-        int window, float softcap) {                                                                            \
-        RUN(T, DIM);                                                                                            \
+        int window, float softcap, const int* visible_ends) {                                                   \
+        RUN(T, DIM, SPANS);                                                                                     \
     }
-#define KERNELS(NAME, T) \
-    KERNEL(NAME, T, 64)  \
-    KERNEL(NAME, T, 128)
+#define KERNELS(NAME, T)                 \
+    KERNEL(NAME##_64, T, 64, false)      \
+    KERNEL(NAME##_64_spans, T, 64, true) \
+    KERNEL(NAME##_128, T, 128, false)    \
+    KERNEL(NAME##_128_spans, T, 128, true)
 KERNELS(float16, float16)
 KERNELS(bfloat16, bfloat16)
