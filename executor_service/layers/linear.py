@@ -25,12 +25,18 @@ class Linear:
         return F.linear(x, self.weight, self.bias)
 
     def streams(self, x: Tensor) -> bool:
-        """Whether rows are so few that the time is the weights'; then adding to a residual is for nothing."""
+        """Whether rows are so few that the time is the weights'."""
         return takes(x.shape[0], self.weight)
 
     def added_to(self, x: Tensor, residual: Tensor) -> Tensor:
-        """`residual` + product, a new tensor; for inputs that stream."""
-        return self._small(x, residual)
+        """`residual` [rows, out] + product, rounded once. It may be the same tensor, and is nobody else's afterwards.
+
+        The product adds where it stores, which takes no pass over memory but for a bias.
+        """
+        if self.streams(x):
+            return self._small(x, residual)
+        total = residual.addmm_(x, self.weight.t())
+        return total if self.bias is None else total.add_(self.bias)
 
     def _small(self, x: Tensor, residual: Tensor | None) -> Tensor:
         result: Tensor = SMALL_LINEAR.direct(x.device.type)(x, self.weight, self.bias, residual)

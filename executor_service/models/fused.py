@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaModel, MistralModel, Qwen2Model
 
-from executor_service.kernels.rms_norm import ADD_RMS_NORM, RMS_NORM
+from executor_service.kernels.rms_norm import RMS_NORM
 from executor_service.kernels.rotary_write_kv import ROTARY_WRITE_KV
 from executor_service.layers.attention import paged_attention
 from executor_service.layers.context import current_context
@@ -59,8 +59,7 @@ class FusedDecoder:
         self._next_norms = [*(layer.attention_norm for layer in layers[1:]), norm]
         self._cos_sin = cos_sin
         device = norm.weight.device.type
-        self._rms_norm, self._add_rms_norm = RMS_NORM.direct(device), ADD_RMS_NORM.direct(device)
-        self._rotary_write_kv = ROTARY_WRITE_KV.direct(device)
+        self._rms_norm, self._rotary_write_kv = RMS_NORM.direct(device), ROTARY_WRITE_KV.direct(device)
 
     @classmethod
     def of(cls, decoder: nn.Module) -> Self | None:
@@ -77,21 +76,19 @@ class FusedDecoder:
         context = current_context()
         batch = context.metadata
         cos_sin, slots = self._cos_sin, batch.slot_mapping
-        residual, norm = inputs_embeds.clone(), self._layers[0].attention_norm
-        hidden = self._rms_norm(residual, norm.weight, norm.epsilon)
+        residual = inputs_embeds.clone()
+        hidden = self._norm(residual, self._layers[0].attention_norm)
         for layer, cache, next_norm in zip(self._layers, context.kv_caches, self._next_norms, strict=True):
             query = self._rotary_write_kv(layer.qkv(hidden), positions, cos_sin, cache.keys, cache.values, slots)
             attended = paged_attention(query, cache, batch, layer.scale, layer.sliding_window, 0.0)
-            residual, hidden = self._add(layer.output, attended.flatten(1), residual, layer.mlp_norm)
-            residual, hidden = self._add(layer.down, layer.gate_up(hidden), residual, next_norm)
+            residual = layer.output.added_to(attended.flatten(1), residual)
+            residual = layer.down.added_to(layer.gate_up(self._norm(residual, layer.mlp_norm)), residual)
+            hidden = self._norm(residual, next_norm)
         return hidden
 
-    def _add(self, linear: Linear, x: Tensor, residual: Tensor, norm: _Norm) -> tuple[Tensor, Tensor]:
-        """The residual with the product of `x` added, and that normalised."""
-        if linear.streams(x):
-            residual = linear.added_to(x, residual)
-            return residual, self._rms_norm(residual, norm.weight, norm.epsilon)
-        return residual, self._add_rms_norm(linear(x), residual, norm.weight, norm.epsilon)
+    def _norm(self, x: Tensor, norm: _Norm) -> Tensor:
+        normal: Tensor = self._rms_norm(x, norm.weight, norm.epsilon)
+        return normal
 
 
 def rotary_table(model: Any) -> Tensor:
@@ -113,10 +110,10 @@ def _fuse(layer: Any, window_of: Callable[[Any], int | None]) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return _Layer(
         _norm(layer.input_layernorm),
-        Linear(*_merge((attention.q_proj, attention.k_proj, attention.v_proj))),
+        Linear(*merge_linears((attention.q_proj, attention.k_proj, attention.v_proj))),
         Linear(attention.o_proj.weight, attention.o_proj.bias),
         _norm(layer.post_attention_layernorm),
-        GatedLinear(*_merge((mlp.gate_proj, mlp.up_proj))),
+        GatedLinear(*merge_linears((mlp.gate_proj, mlp.up_proj))),
         Linear(mlp.down_proj.weight, mlp.down_proj.bias),
         attention.scaling,
         window_of(attention) or 0,
@@ -127,7 +124,7 @@ def _norm(module: Any) -> _Norm:
     return _Norm(module.weight, module.variance_epsilon)
 
 
-def _merge(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+def merge_linears(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     """One matrix, and bias, of several with the same input, whose parameters become its rows."""
     weight = torch.cat([linear.weight for linear in linears])
     bias = torch.cat([linear.bias for linear in linears]) if linears[0].bias is not None else None

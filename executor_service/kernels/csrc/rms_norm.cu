@@ -1,31 +1,19 @@
 // rms_norm, and add_rms_norm which adds a residual first: one block per row, the row stays in registers.
+#include "block_sum.cuh"
 #include "dependent.cuh"
+#include "last_first.cuh"
 #include "packs.cuh"
 
 namespace {
-
-constexpr int kMaxWarps = 32;
-
-__device__ __forceinline__ float sum_of_block(float value) {
-    __shared__ float parts[kMaxWarps];
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
-    if (lane == 0) parts[warp] = value;
-    __syncthreads();
-    value = lane < num_warps ? parts[lane] : 0.0f;
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-    return value;
-}
 
 // blockDim.x is a multiple of 32; kPacks packs of kCount elements per thread cover a row of `width`. All loads of a
 // thread are under way before the first is used.
 template <typename T, int kCount, int kPacks, bool kAdds>
 __device__ __forceinline__ void normalize_row(
     const T* __restrict__ x, T* residual, const T* __restrict__ weight, T* __restrict__ out, int width, float epsilon) {
+    __shared__ float parts[kMaxWarps];
     let_next_begin();
-    const long long row = static_cast<long long>(blockIdx.x) * width;
+    const long long row = last_first() * width;
     const int first = threadIdx.x * kCount, step = blockDim.x * kCount;
     wait_for_previous();
     Pack<T, kCount> values[kPacks], factors[kPacks], others[kAdds ? kPacks : 1];
@@ -53,7 +41,7 @@ __device__ __forceinline__ void normalize_row(
 #pragma unroll
         for (int e = 0; e < kCount; ++e) squares += elements.elements[e] * elements.elements[e];
     }
-    const float scale = rsqrtf(sum_of_block(squares) / width + epsilon);
+    const float scale = rsqrtf(sum_of_block(squares, parts) / width + epsilon);
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
         if (first + i * step >= width) continue;

@@ -1,10 +1,11 @@
 // Queries and keys turned, keys and values stored to their slots, queries to a tensor of their own: one pass over qkv.
 #include "dependent.cuh"
+#include "last_first.cuh"
 #include "packs.cuh"
 
 namespace {
 
-// blockIdx.x is the token. Thread t has pack t % packs of the halves of kHeads heads, which lie blockDim.x / packs
+// blockIdx.x counts tokens, from the last. Thread t has pack t % packs of the halves of kHeads heads, which lie blockDim.x / packs
 // apart; blockIdx.y counts further heads where one block does not have all. Values are copied, two packs as well.
 template <typename T, int kCount, int kHeads>
 __device__ __forceinline__ void rotary_write_kv(
@@ -12,7 +13,7 @@ __device__ __forceinline__ void rotary_write_kv(
     T* __restrict__ k_cache, T* __restrict__ v_cache, const long long* __restrict__ slot_mapping,
     T* __restrict__ query, int num_heads, int num_kv_heads, int head_dim) {
     let_next_begin();
-    const long long token = blockIdx.x;
+    const long long token = last_first();
     const int half = head_dim / 2, packs = half / kCount, turning = num_heads + num_kv_heads;
     const int all_heads = turning + num_kv_heads, heads_apart = blockDim.x / packs;
     const int at = threadIdx.x % packs * kCount;

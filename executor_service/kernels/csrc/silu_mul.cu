@@ -1,5 +1,6 @@
 // silu(gate) * up for rows of [gate | up]: a block per row, or per piece of a row where rows are few or long.
 #include "dependent.cuh"
+#include "last_first.cuh"
 #include "packs.cuh"
 
 namespace {
@@ -8,11 +9,11 @@ template <typename T> __device__ __forceinline__ float silu(float x) { return __
 
 template <> __device__ __forceinline__ float silu<float>(float x) { return x / (1.0f + expf(-x)); }
 
-// The block's threads hold kPacks packs each of piece blockIdx.y of row blockIdx.x; all loads are under way at once.
+// The block's threads hold kPacks packs each of piece blockIdx.y of a row, the last row first; all loads are under way at once.
 template <typename T, int kCount, int kPacks>
 __device__ __forceinline__ void silu_mul(const T* __restrict__ gate_up, T* __restrict__ out, int width) {
     let_next_begin();
-    const long long row = blockIdx.x;
+    const long long row = last_first();
     const int first = (blockIdx.y * kPacks * blockDim.x + threadIdx.x) * kCount, step = blockDim.x * kCount;
     const T* gate_row = gate_up + row * 2 * width + first;
     T* out_row = out + row * width + first;
