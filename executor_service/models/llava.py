@@ -12,6 +12,7 @@ from transformers import LlavaForConditionalGeneration
 from executor_service.layers.activations import fuse_activations
 from executor_service.layers.patches import Levels, PatchProduct, takes_levels
 from executor_service.layers.tower_graphs import TowerGraphs
+from executor_service.models.fused_tower import fuse_tower
 from executor_service.models.stock import StockModel
 
 
@@ -37,8 +38,9 @@ class LlavaModel(StockModel):
         return join([tile.normalized(self.hf.dtype) if isinstance(tile, Levels) else tile for tile in tiles])
 
     def fuse_decoder(self) -> bool:
-        """Also the tower's convolution and activations; whether the decoder has a twin is what it returns."""
+        """Also the tower's convolution, layers and activations; whether the decoder has a twin is what it returns."""
         fuse_activations(self.hf.model.vision_tower)
+        fuse_tower(self.hf.model.vision_tower, self.hf.config.vision_feature_layer)
         product = PatchProduct.install(self.hf.model.vision_tower)
         # Not as a module of this one: it is the tower's already.
         self.__dict__["patch_product"] = product

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.activations import QuickGELUActivation
 
+from executor_service.kernels.layer_norm import add_layer_norm, layer_norm
 from executor_service.kernels.paged_decode_attention import paged_decode_attention
 from executor_service.kernels.quick_gelu import quick_gelu
 from executor_service.kernels.rms_norm import add_rms_norm, rms_norm
@@ -127,6 +128,8 @@ def test_ops_are_registered_properly(dtype) -> None:
     x, weight = torch.randn(5, 12).to(dtype), torch.randn(12).to(dtype)
     torch.library.opcheck(torch.ops.diptych.rms_norm.default, (x, weight, 1e-5))
     torch.library.opcheck(torch.ops.diptych.add_rms_norm.default, (x, x.clone(), weight, 1e-5))
+    torch.library.opcheck(torch.ops.diptych.layer_norm.default, (x, weight, weight, 1e-5))
+    torch.library.opcheck(torch.ops.diptych.add_layer_norm.default, (x, x.clone(), weight, weight, 1e-5))
     torch.library.opcheck(torch.ops.diptych.silu_mul.default, (x,))
     torch.library.opcheck(torch.ops.diptych.quick_gelu.default, (x,))
     qkv, angles = torch.randn(3, (4 + 2 * 2) * 8).to(dtype), torch.randn(3, 8).to(dtype)
@@ -170,6 +173,27 @@ def test_rms_norm_equals_its_formula(num_tokens, width, dtype, epsilon, seed) ->
     total = x + residual
     close(add_rms_norm(x, residual, weight, epsilon), formula(total))
     assert torch.equal(residual, total), "the sum is left in place"
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 9), st.sampled_from([2, 8, 30]), st.sampled_from(list(DTYPES)), st.integers(0, 2**16))
+def test_layer_norm_equals_its_formula(num_tokens, width, dtype, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, residual = torch.randn(2, num_tokens, width, generator=generator).to(dtype)
+    weight, bias = torch.randn(2, width, generator=generator).to(dtype)
+
+    def formula(rows: torch.Tensor) -> torch.Tensor:
+        rows = rows.double()
+        difference = rows - rows.mean(-1, keepdim=True)
+        scale = (difference.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
+        return difference * scale * weight.double() + bias.double()
+
+    close(layer_norm(x, weight, bias, 1e-5), formula(x))
+    before = residual.clone()
+    total, normal = add_layer_norm(x, residual, weight, bias, 1e-5)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(residual, before), "inputs are left alone"
+    close(normal, formula(total))
 
 
 @settings(max_examples=20, deadline=None)

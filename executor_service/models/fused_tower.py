@@ -1,0 +1,70 @@
+"""A vision tower's layers with fewer operations, as twins of the stock ones that stay in their places.
+
+One product makes queries, keys and values, the residual addition goes with the norm behind it, and layers behind the
+last whose output becomes features do nothing. The matrix that the product has is shared with the module's parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor, nn
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+
+from executor_service.kernels.layer_norm import ADD_LAYER_NORM, LAYER_NORM
+from executor_service.models.fused import merge_linears
+
+LAYERS: Final = (CLIPEncoderLayer, SiglipEncoderLayer)
+"""Norm, attention, norm and MLP, each with a residual addition. A subclass may differ, so none is taken."""
+
+
+def fuse_tower(tower: nn.Module, feature_layer: int | Sequence[int]) -> None:
+    """Give the layers of a loaded tower that are of a known kind their twins.
+
+    `feature_layer` as in LLaVA's configuration: one or several of the tower's hidden states, of which the first is the
+    embedding.
+    """
+    layers = [module for module in tower.modules() if type(module) in LAYERS]
+    chosen = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    num_used = max((one % (len(layers) + 1) for one in chosen), default=0)
+    for layer in layers[:num_used]:
+        layer.forward = _TowerLayer(layer)
+    for layer in layers[num_used:]:
+        layer.forward = _pass
+
+
+def _pass(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    """What comes behind is nobody's."""
+    return hidden_states
+
+
+class _TowerLayer:
+    """Stands in for `layer.forward`."""
+
+    def __init__(self, layer: Any) -> None:
+        attention = layer.self_attn
+        self._norms = [(norm.weight, norm.bias, norm.eps) for norm in (layer.layer_norm1, layer.layer_norm2)]
+        self._qkv = merge_linears((attention.q_proj, attention.k_proj, attention.v_proj))
+        self._out, self._mlp = attention.out_proj, layer.mlp
+        self._head_dim, self._scale = attention.head_dim, attention.scale
+        device = layer.layer_norm1.weight.device.type
+        self._layer_norm, self._add_layer_norm = LAYER_NORM.direct(device), ADD_LAYER_NORM.direct(device)
+
+    def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
+        """[N, S, hidden] -> [N, S, hidden], a new tensor."""
+        if attention_mask is not None:
+            raise ValueError("a vision tower's tokens all see each other: its layers take no mask")
+        before_attention, before_mlp = self._norms
+        attended = self._attend(self._layer_norm(hidden_states, *before_attention))
+        total, normal = self._add_layer_norm(self._out(attended), hidden_states, *before_mlp)
+        result: Tensor = total.add_(self._mlp(normal))
+        return result
+
+    def _attend(self, x: Tensor) -> Tensor:
+        heads = F.linear(x, *self._qkv).unflatten(-1, (3, -1, self._head_dim))
+        query, key, value = heads.transpose(1, 3).unbind(2)
+        attended = F.scaled_dot_product_attention(query, key, value, scale=self._scale)
+        return attended.transpose(1, 2).flatten(2)
