@@ -1,9 +1,10 @@
 """Matrix products for a few rows, as decode steps have them: the weights stream once from memory, at the memory's rate.
 
-On Hopper and later, 16-bit weights go through a ring in shared memory to the tensor cores; the kernel asks for its
-first weights while the kernel before it on the stream still runs (programmatic dependent launch), so a weight must
-not be written by the kernel just before. Everything else takes a plain variant that is right but slow. Within a
-variant a row's result depends neither on the other rows nor on how many there are, to the bit.
+16-bit weights go through a ring in shared memory to the tensor cores: on Hopper and later for up to 16 rows, by another
+kernel on Hopper for up to 128. Both ask for their first weights while the kernel before them on the stream still runs
+(programmatic dependent launch), so a weight must not be written by the kernel just before. Everything else takes a
+plain variant that is right but slow. Within a variant a row's result depends neither on the other rows nor on how many
+there are, to the bit.
 """
 
 from __future__ import annotations
@@ -17,17 +18,21 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
+from executor_service.kernels import small_linear_tiles
 from executor_service.kernels.cuda.module import INT, POINTER, dtype_name, is_wide, kernel, num_multiprocessors
 from executor_service.kernels.library import define_op
+from executor_service.kernels.small_linear_tiles import Shape
 
 MAX_ROWS: Final = 16
 """Up to where it is tested and clearly ahead of cuBLAS; at 32 cuBLAS is (docs/notes/small_linear.md)."""
+_FEW_ROWS: Final = 16
+"""That x stays in registers for."""
 _MIN_ELEMENTS: Final = 1 << 20
 """Of a weight that is worth a kernel of its own."""
 _COLUMNS: Final = 32
 """What the width is a multiple of: each lane's share of a row is 16 bytes, four lanes stand side by side."""
-_PIECES: Final = {1: 1024, 2: 1024, 3: 512, 4: 512}
-"""Columns of the weight in a stage, per eight rows of x, as the kernels are compiled."""
+_PIECE: Final = 1024
+"""Columns of the weight in a stage."""
 _TILE_ROWS: Final = 16
 _PAD_BYTES: Final = 64
 _WARPS: Final = 8
@@ -56,14 +61,19 @@ def small_linear_silu_mul(x: Tensor, gate_up: Tensor) -> Tensor:
 
 def takes(rows: int, weight: Tensor) -> bool:
     """Whether the product of so many rows of x with this weight is faster here than in cuBLAS."""
-    return rows <= MAX_ROWS and weight.numel() >= _MIN_ELEMENTS and weight.is_contiguous() and _streams(rows, weight)
+    if rows > MAX_ROWS or weight.numel() < _MIN_ELEMENTS or not weight.is_cuda or not weight.is_contiguous():
+        return False
+    if rows <= _FEW_ROWS:
+        return _streams(rows, weight)
+    # Gated or not: of the two, the gated product asks for more.
+    shape = Shape("gated", rows, weight.shape[0] // 2, weight.shape[1], weight.dtype, weight.device.index)
+    return small_linear_tiles.takes(shape) and weight.shape[0] % 2 == 0 and weight.data_ptr() % 16 == 0
 
 
 def _streams(rows: int, weight: Tensor) -> bool:
-    """Whether the streaming variant can have it."""
+    """Whether the variant for a few rows can have it."""
     return (
-        weight.is_cuda
-        and rows <= MAX_ROWS
+        rows <= _FEW_ROWS
         and weight.dtype.itemsize == 2
         and weight.shape[1] % _COLUMNS == 0
         and weight.shape[1] > 0
@@ -106,15 +116,18 @@ def _launch(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual:
     rows, width = x.shape
     if width != weight.shape[1]:
         raise ValueError(f"x has {width} columns, the weight {weight.shape[1]}")
-    is_aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
+    bias, residual = (None if tensor is None else tensor.contiguous() for tensor in (bias, residual))
+    is_aligned = not any(tensor.data_ptr() % 16 for tensor in (x, weight, residual) if tensor is not None)
+    shape = Shape(kind, rows, out.shape[1], width, x.dtype, weight.device.index)
     if is_aligned and _streams(rows, weight):
         launch = _streaming(kind, rows, out.shape[1], width, x.dtype, weight.device.index)
+    elif is_aligned and small_linear_tiles.takes(shape):
+        launch = small_linear_tiles.launcher(shape)
     else:
         access = "wide" if is_aligned and is_wide(x.dtype, width) else "single"
         variant = f"{dtype_name(x.dtype)}_{kind}_{access}"
         launch = _plain(variant, rows, out.shape[1], width, weight.device.index)
-    extra = [0 if tensor is None else tensor.contiguous() for tensor in (bias, residual)]
-    launch(x, weight, *extra, out)
+    launch(x, weight, 0 if bias is None else bias, 0 if residual is None else residual, out)
 
 
 _POINTERS: Final = (POINTER,) * 5
@@ -128,13 +141,12 @@ def _streaming(kind: str, rows: int, features: int, width: int, dtype: torch.dty
     name = f"small_linear_{dtype_name(dtype)}_{kind}_{groups}"
     launch = kernel("small_linear", name, (*_POINTERS, *(INT,) * 4), _SHARED_BYTES, is_dependent=True)
     grid, threads = (num_multiprocessors(device),), 32 * (_WARPS + 1)
-    num_stages = _num_stages(_PIECES[groups])
-    return lambda *tensors: launch(grid, threads, *tensors, rows, features, width, num_stages)
+    return lambda *tensors: launch(grid, threads, *tensors, rows, features, width, _num_stages())
 
 
-def _num_stages(piece: int) -> int:
+def _num_stages() -> int:
     """Tiles that shared memory holds beside the warps' sums, with two barriers of 8 bytes each."""
-    stage_bytes = _TILE_ROWS * (2 * piece + _PAD_BYTES) + 16
+    stage_bytes = _TILE_ROWS * (2 * _PIECE + _PAD_BYTES) + 16
     return (_SHARED_BYTES - _SUMS_BYTES) // stage_bytes
 
 

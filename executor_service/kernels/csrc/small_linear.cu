@@ -268,9 +268,7 @@ __device__ __forceinline__ void stream_linear(
     }
 #define GROUPS(NAME, T, KIND, GATED)            \
     STREAM(NAME, T, KIND, GATED, 1024, 1, 6)    \
-    STREAM(NAME, T, KIND, GATED, 1024, 2, 6)    \
-    STREAM(NAME, T, KIND, GATED, 512, 3, 6)     \
-    STREAM(NAME, T, KIND, GATED, 512, 4, 4)
+    STREAM(NAME, T, KIND, GATED, 1024, 2, 6)
 #define STREAMS(NAME, T)                        \
     GROUPS(NAME, T, plain, false)               \
     GROUPS(NAME, T, gated, true)

@@ -73,6 +73,13 @@ __device__ __forceinline__ unsigned long long read_once_policy() {
     return policy;
 }
 
+// For data that all blocks read: it leaves the L2 cache last.
+__device__ __forceinline__ unsigned long long keep_policy() {
+    unsigned long long policy;
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 // Both addresses and the size are multiples of 16 bytes.
 __device__ __forceinline__ void copy(
     unsigned to, const void* from, unsigned bytes, unsigned barrier, unsigned long long policy) {

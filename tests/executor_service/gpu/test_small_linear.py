@@ -1,4 +1,4 @@
-"""small_linear on a GPU: both variants against float64 on the same inputs, and rows that do not see each other."""
+"""small_linear on a GPU: all variants against float64 on the same inputs, and rows that do not see each other."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from torch import Tensor
 
 from executor_service.kernels.silu_mul import silu_mul
 from executor_service.kernels.small_linear import MAX_ROWS, small_linear, small_linear_silu_mul, takes
+from executor_service.kernels.small_linear_tiles import MOST_ROWS
 from tests.executor_service.gpu.tensors import DTYPES, ERRORS, SEEDS, close, poison, random
 
 pytestmark = pytest.mark.gpu
 
-ROWS = st.integers(0, MAX_ROWS + 3)
+FEW = 16
+ROWS = st.one_of(st.integers(0, FEW), st.integers(FEW + 1, MOST_ROWS + 3))
 FEATURES = st.sampled_from([1, 6, 16, 100, 132, 1000, 4096, 6400])
 WIDTHS = st.sampled_from([1, 7, 16, 64, 128, 384, 1000, 2048, 4096 + 128])
 HALVES = [torch.float16, torch.bfloat16]
@@ -61,12 +63,12 @@ def test_small_linear_silu_mul(rows: int, features: int, width: int, dtype: torc
 def test_large(shape: tuple[int, int], dtype: torch.dtype) -> None:
     """A decoder's own sizes: several passes, a last piece of columns that is not whole."""
     weight = (torch.randn(shape, device="cuda") / shape[1] ** 0.5).to(dtype)
-    everything = torch.randn((MAX_ROWS, shape[1]), device="cuda").to(dtype)
-    residual = torch.randn((MAX_ROWS, shape[0]), device="cuda").to(dtype)
+    everything = torch.randn((MOST_ROWS, shape[1]), device="cuda").to(dtype)
+    residual = torch.randn((MOST_ROWS, shape[0]), device="cuda").to(dtype)
     expected = (everything.float() @ weight.float().T).double()
     torch.cuda.synchronize()
-    for rows in (1, 2, 7, 8, 9, 16, MAX_ROWS):
-        assert takes(rows, weight)
+    for rows in (1, 2, 7, 8, 9, 16, 17, 24, 32, 33, 64, 65, 96, 97, MOST_ROWS):
+        assert takes(rows, weight) == (rows <= MAX_ROWS)
         poison()
         close(small_linear(everything[:rows], weight, None, residual[:rows]), expected[:rows] + residual[:rows])
 
@@ -74,12 +76,26 @@ def test_large(shape: tuple[int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_rows_do_not_see_each_other(dtype: torch.dtype) -> None:
     """Alone, among others, beside rows of NaN: the same bits, at every number of rows."""
-    x, weight = inputs(MAX_ROWS, 1000, 4096 + 128, dtype, 5)
-    alone = torch.cat([small_linear(x[row : row + 1], weight) for row in range(MAX_ROWS)])
-    for rows in range(1, MAX_ROWS + 1):
+    x, weight = inputs(FEW, 1000, 4096 + 128, dtype, 5)
+    alone = torch.cat([small_linear(x[row : row + 1], weight) for row in range(FEW)])
+    for rows in range(1, FEW + 1):
         assert torch.equal(small_linear(x[:rows], weight), alone[:rows])
     x[1::2] = float("nan")
     assert torch.equal(small_linear(x, weight)[::2], alone[::2])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("features", [1000, 4096])
+def test_more_rows_do_not_see_each_other(features: int, dtype: torch.dtype) -> None:
+    """As above, among 17 to 128; and the same bits at every run."""
+    x, weight = inputs(MOST_ROWS, features, 4096 + 72, dtype, 6)
+    everything = small_linear(x, weight)
+    for rows in (*range(FEW + 1, MOST_ROWS, 5), MOST_ROWS):
+        poison()
+        assert torch.equal(small_linear(x[:rows], weight), everything[:rows])
+        assert torch.equal(small_linear(x[-rows:], weight), everything[-rows:])
+    x[1::2] = float("nan")
+    assert torch.equal(small_linear(x, weight)[::2], everything[::2])
 
 
 def test_a_row_of_the_weight_does_not_spoil_others() -> None:
@@ -93,9 +109,10 @@ def test_a_row_of_the_weight_does_not_spoil_others() -> None:
     assert not got[:, 500].isfinite().any()
 
 
-def test_chain_in_a_graph() -> None:
+@pytest.mark.parametrize("rows", [4, 40, 100])
+def test_chain_in_a_graph(rows: int) -> None:
     """Each kernel begins while its predecessor runs, and still sees all that it wrote, at every replay."""
-    x, first = inputs(4, 8192, 2048, torch.bfloat16, 1)
+    x, first = inputs(rows, 8192, 2048, torch.bfloat16, 1)
     _, second = inputs(1, 2048, 8192, torch.bfloat16, 2)
 
     def chain(start: Tensor) -> Tensor:
