@@ -14,7 +14,7 @@ RUN := .venv/bin/python
 endif
 export TORCH TORCH_INDEX
 
-.PHONY: help setup demo test check bench test-gpu kernels clean
+.PHONY: help setup demo test check bench test-gpu sanitize kernels clean
 
 help:
 	@echo 'make demo       both services, the demo model, real pictures, answers, a page to look at; then stops everything'
@@ -22,6 +22,7 @@ help:
 	@echo 'make check      lint, format, types, import rules, protos, compose file, Dockerfile, kernels'
 	@echo 'make bench      benchmarks'
 	@echo 'make test-gpu   the tests that need a GPU'
+	@echo 'make sanitize   every kernel under compute-sanitizer, on a machine with a GPU'
 	@echo 'make kernels    compiles the CUDA kernels for all architectures'
 	@echo 'make setup      .venv alone: every target above does this first'
 	@echo 'make clean      back to a fresh clone'
@@ -48,6 +49,9 @@ bench: setup
 test-gpu: setup
 	@$(RUN) tools/require_gpu.py
 	@$(RUN) -m pytest -m gpu
+
+sanitize: setup
+	@$(RUN) tools/sanitize.py
 
 kernels:
 	@$(PYTHON) tools/kernels.py

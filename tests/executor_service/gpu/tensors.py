@@ -26,5 +26,9 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 
 def poison() -> None:
-    """Memory that the next outputs are made of holds no leftovers that happen to be right."""
-    torch.full((1 << 20,), float("nan"), device="cuda")
+    """Memory that the next outputs are made of holds no leftovers that happen to be right.
+
+    Of every size: torch keeps pools of freed memory, and gives out the smallest piece that is large enough.
+    """
+    pieces = [torch.full((1 << power,), float("nan"), device="cuda") for power in range(7, 22) for _ in range(8)]
+    del pieces
