@@ -23,8 +23,10 @@ from executor_service.engine.request import Request
 from executor_service.engine.sampling_slots import SamplingSlots
 from executor_service.kernels.sample import SAMPLE
 
-ROWS: Final = (1, 16, 64, 128, 256)
-VOCABULARIES: Final = (32_064, 128_256)
+ROWS: Final = {32_064: (1, 16, 64, 128, 256), 128_256: (1, 64, 256)}
+"""By vocabulary."""
+QUICK_ROWS: Final = {32_064: (256,)}
+MOST_ROWS: Final = 256
 PENALTIES: Final[dict[str, Any]] = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2}
 EVERYTHING: Final[dict[str, Any]] = {
     **PENALTIES, "min_p": 0.001, "top_p": 0.95, "logprobs": 20, "min_tokens": 1000,
@@ -58,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         "device": torch.cuda.get_device_name(), "read_bytes_per_second": ceilings.read,
         "write_bytes_per_second": ceilings.write,
     }  # fmt: skip
-    for vocabulary in VOCABULARIES[:1] if options.quick else VOCABULARIES:
-        for num_rows in (ROWS[-1],) if options.quick else ROWS:
+    for vocabulary, sizes in (QUICK_ROWS if options.quick else ROWS).items():
+        for num_rows in sizes:
             for kind in (*KINDS, MIXED):
                 figures[f"{kind}, {num_rows} x {vocabulary}"] = measure(kind, num_rows, vocabulary, ceilings)
     write_result("gpu_sampler", figures, options, load_before)
@@ -85,7 +87,7 @@ def measure(kind: str, num_rows: int, vocabulary: int, ceilings: Ceilings) -> di
         "floor_over_measured": floor / median,
     }  # fmt: skip
     line = f"{kind:<24} {num_rows:4d} x {vocabulary:6d}  {1e6 * median:8.2f} µs  {floor / median:6.1%} of the floor"
-    if (same := TORCH.get(kind)) is not None and num_rows == ROWS[-1]:
+    if (same := TORCH.get(kind)) is not None and num_rows == MOST_ROWS:
         torchs = seconds_each([lambda a=arguments: same(*a) for arguments in inputs])
         figures["torch_microseconds"] = spread([1e6 * value for value in torchs])
         line += f", torch {1e6 * statistics.median(torchs):8.2f} µs"

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from executor_service.kernels.cuda.module import INT, POINTER, dtype_name, kernel
+from executor_service.kernels.cuda.module import INT, POINTER, dtype_name, kernel, num_multiprocessors
 from executor_service.kernels.library import define_op
 from executor_service.kernels.logits import Filters, Penalties, add_bias, ban, draw, filtered_probabilities, penalize
 from executor_service.kernels.random_numbers import uniform_numbers
@@ -32,7 +32,7 @@ _PACK: Final = 4
 _MAX_WIDTH: Final = 2**18
 _STATIC_SHARED_BYTES: Final = 26 * 1024
 """More than the kernel has besides the row."""
-_TYPES: Final = (POINTER,) * 14 + (INT,) * 6
+_TYPES: Final = (POINTER,) * 14 + (INT,) * 7
 
 
 class Real(IntEnum):
@@ -206,9 +206,12 @@ def _cuda(logits: Tensor, slots: Tensor, numbers: Tensor, *arguments: Tensor) ->
     if min(counts_width, 8 * seen_bytes) < width or counts_width % _PACK:
         raise ValueError(f"counts of {counts_width} tokens, {8 * seen_bytes} in the prompt, for {width} logits")
     lent = logits.new_empty((num_rows, num_lent), dtype=torch.float32)
+    # Rows that do not all run at once begin with the longest.
+    is_ordered = num_multiprocessors(logits.get_device()) < num_rows <= _THREADS
     launch(
         (num_rows,), _THREADS, logits.contiguous(), slots, numbers, *tables, lent, *result, width,
         tables.bias_ids.shape[1], tables.ban_ids.shape[1], seen_bytes, counts_width, MAX_LOGPROBS,
+        int(is_ordered),
     )  # fmt: skip
     return result
 

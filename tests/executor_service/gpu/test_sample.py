@@ -153,13 +153,14 @@ def test_draws_follow_the_distribution() -> None:
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
+    """Nor on how many rows there are: of more than run at once the longest begin."""
     rng = np.random.default_rng(3)
-    requests = [random_request(number, 32_064, rng) for number in range(32)]
-    logits = (random((32, 32_064), torch.float32, 5) * 3).bfloat16()
-    slots, tables = prepared(requests, 40, 32_064)
+    requests = [random_request(number, 32_064, rng) for number in range(150)]
+    logits = (random((150, 32_064), torch.float32, 5) * 3).bfloat16()
+    slots, tables = prepared(requests, 160, 32_064)
     start = tables.output_counts.clone()
     together = sample(logits, slots, numbers_of(requests), tables).token_ids.tolist()
-    for order in (torch.randperm(32), torch.randperm(32)[:5], torch.tensor([9])):
+    for order in (torch.randperm(150), torch.randperm(150)[:140], torch.randperm(150)[:5], torch.tensor([9])):
         tables.output_counts.copy_(start)
         rows = order.cuda()
         some = sample(logits[rows], slots[rows], numbers_of(requests)[rows], tables).token_ids.tolist()
