@@ -55,6 +55,7 @@ class Case:
 def main(argv: list[str] | None = None) -> int:
     """Print and write microseconds, floors and ratios."""
     parser = make_parser("gpu.streaming", __doc__)
+    parser.add_argument("--only", nargs="+", metavar="KERNEL", help="these kernels alone, and no product")
     options = parser.parse_args(argv)
     load_before = os.getloadavg()[0]
     ceilings = measure_ceilings()
@@ -68,8 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         *(case for count in tokens for case in token_cases(count)),
         *(c for n in tiles for c in tile_cases(n)),
     ]:
-        figures[f"{case.name}, {case.size}"] = measure(case, ceilings)
-    for count in PRODUCT_TILES[:1] if options.quick else PRODUCT_TILES:
+        if not options.only or case.name in options.only:
+            figures[f"{case.name}, {case.size}"] = measure(case, ceilings)
+    for count in () if options.only else PRODUCT_TILES[:1] if options.quick else PRODUCT_TILES:
         figures[f"first product, {count} tiles"] = measure_product(count)
     write_result("gpu_streaming", figures, options, load_before)
     return 0

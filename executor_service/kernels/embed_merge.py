@@ -34,7 +34,8 @@ def embed_merge(token_ids: Tensor, table: Tensor, features: Sequence[Tensor], pl
     """`token_ids` [T] (int64), `table` [V, H], `features` [F_i, H] each -> [T, H] in the dtype of `table`.
 
     `places` [T, 2] (int32) are item and row: token t is `features[item][row]`, or `table[token_ids[t]]` where the item
-    is -1. Ids of tokens that are features are not looked at.
+    is -1. Ids of tokens that are features are not looked at. On a GPU `places` is not the work of the kernel just
+    before, which may still run when it is read; a copy from the host is never too early.
     """
     result: Tensor = EMBED_MERGE(token_ids, table, list(features), places)
     return result
@@ -54,8 +55,6 @@ def _cuda(token_ids: Tensor, table: Tensor, features: Sequence[Tensor], places: 
     if not out.numel():
         return out
     features = [item.to(table.dtype).contiguous() for item in features]
-    if places.data_ptr() % 8:  # a pair is one access
-        places = places.clone()
     row_bytes = table.shape[1] * table.itemsize
     launch, threads, length = _variant(row_bytes, gcd(row_bytes, 16, *(t.data_ptr() for t in (table, *features))))
     for first in range(0, max(len(features), 1), _MAX_ITEMS):

@@ -12,6 +12,9 @@ from executor_service.kernels.cuda.module import INT, LONG, POINTER, Kernel, dty
 from executor_service.kernels.library import define_op
 
 _THREADS: Final = 256
+_WIDE_THREADS: Final = 320
+"""About so many: then a multiprocessor has room for six blocks, the share of each of an H100's at 32 tiles, so that
+those that begin early do not crowd where room is first."""
 _MAX_THREADS: Final = 512
 _MAX_SHARED_BYTES: Final = 96 * 1024
 """Of one block, which every GPU from sm_80 on has."""
@@ -75,7 +78,7 @@ def _wide_variant(
     if width % 16 or patch % 2 or columns % count or columns < num_channels * patch * patch or not fits:
         return None
     name, types = f"image_patches_{dtype_name(dtype)}_wide", (POINTER,) * 3 + (INT,) * 6
-    threads = max(1, round(_THREADS / packs)) * packs
+    threads = max(1, round(_WIDE_THREADS / packs)) * packs
     return kernel("image_patches", name, types, shared_bytes=num_bytes, is_dependent=True), threads, pitch
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executor_service.kernels.embed_merge import embed_merge
+from executor_service.kernels.rms_norm import rms_norm
 from tests.executor_service.gpu.tensors import DTYPES, ERRORS, SEEDS, poison, random
 
 pytestmark = pytest.mark.gpu
@@ -36,7 +37,7 @@ def test_features_anywhere_and_of_another_dtype() -> None:
     memory = random((4 * 8 + 1,), torch.bfloat16, 0)
     features = [memory[1:].view(4, 8), random((3, 8), torch.float32, 1)]
     table, ids = random((5, 8), torch.bfloat16, 2), torch.tensor([4, 0, 0, 1]).cuda()
-    places = torch.tensor([[-1, 0], [0, 3], [1, 2], [-1, 5]], dtype=torch.int32).cuda()
+    places = torch.tensor([7, -1, 0, 0, 3, 1, 2, -1, 5], dtype=torch.int32).cuda()[1:].view(4, 2)
     expected = torch.stack([table[4], features[0][3], features[1][2].bfloat16(), table[1]])
     poison()
     assert torch.equal(embed_merge(ids, table, features, places), expected)
@@ -54,6 +55,23 @@ def test_a_captured_graph_keeps_the_addresses() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, torch.stack([table[7], torch.full_like(table[0], 3)]))
+
+
+def test_features_of_the_kernel_just_before() -> None:
+    """It still runs when the places are read, and all that it has written is seen, at every replay."""
+    x, weight, table = (random((rows, 4096), torch.bfloat16, rows) for rows in (3000, 1, 9))
+    ids = torch.zeros(3001, dtype=torch.int64).cuda()
+    places = torch.tensor([[-1, 0], *([0, row] for row in reversed(range(3000)))], dtype=torch.int32).cuda()
+    rms_norm(x, weight[0], 1e-5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        features = rms_norm(x, weight[0], 1e-5)
+        out = embed_merge(ids, table, [features], places)
+    for seed in range(20):
+        x.copy_(random((3000, 4096), torch.bfloat16, seed))
+        features.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, torch.cat([table[:1], rms_norm(x, weight[0], 1e-5).flip(0)]))
 
 
 @pytest.mark.parametrize("dtype", list(ERRORS))
