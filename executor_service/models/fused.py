@@ -77,12 +77,15 @@ class FusedDecoder:
         batch = context.metadata
         cos_sin, slots = self._cos_sin, batch.slot_mapping
         residual = inputs_embeds.clone()
+        # One name for whatever is only the next operation's input: what is not needed any more must not be there while
+        # gate and up are, which take most of a step.
         hidden = self._norm(residual, self._layers[0].attention_norm)
         for layer, cache, next_norm in zip(self._layers, context.kv_caches, self._next_norms, strict=True):
-            query = self._rotary_write_kv(layer.qkv(hidden), positions, cos_sin, cache.keys, cache.values, slots)
-            attended = paged_attention(query, cache, batch, layer.scale, layer.sliding_window, 0.0)
-            residual = layer.output.added_to(attended.flatten(1), residual)
-            residual = layer.down.added_to(layer.gate_up(self._norm(residual, layer.mlp_norm)), residual)
+            hidden = self._rotary_write_kv(layer.qkv(hidden), positions, cos_sin, cache.keys, cache.values, slots)
+            hidden = paged_attention(hidden, cache, batch, layer.scale, layer.sliding_window, 0.0)
+            residual = layer.output.added_to(hidden.flatten(1), residual)
+            hidden = self._norm(residual, layer.mlp_norm)
+            residual = layer.down.added_to(layer.gate_up(hidden), residual)
             hidden = self._norm(residual, next_norm)
         return hidden
 
