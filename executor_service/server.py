@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from dataclasses import replace
 from typing import Final
 
 from diptych.service.errors import UnavailableError
@@ -24,11 +26,18 @@ UNWATCHED: Final = ("WatchLoad",)
 
 
 class ExecutorServer:
-    """A `Service`: see diptych.service.lifecycle. `engine_module` is what runs in the engine process."""
+    """A `Service`: see diptych.service.lifecycle.
 
-    def __init__(self, settings: ExecutorSettings, engine_module: str = ENGINE_MODULE) -> None:
+    `engine_module` is what runs in the engine process; `began` is when the boot did, on `time.monotonic()`: by default
+    now.
+    """
+
+    def __init__(
+        self, settings: ExecutorSettings, engine_module: str = ENGINE_MODULE, began: float | None = None
+    ) -> None:
         self.settings = settings
         self._engine_module = engine_module
+        self._began = time.monotonic() if began is None else began
         self._frame: GrpcFrame | None = None
         self._front: Front | None = None
         self._telemetry = Telemetry(settings.telemetry("diptych-executor"))
@@ -51,25 +60,27 @@ class ExecutorServer:
         return self._front
 
     async def start(self) -> None:
-        """Listen (health NOT_SERVING), boot the engine, become SERVING."""
+        """Start the engine, listen (health NOT_SERVING) while it boots, become SERVING."""
         LOG.info("settings", extra=describe(self.settings))
-        family = _bind_family(self.settings)
         settings = self.settings
-        self._front = Front(
-            family,
-            settings.engine_config,
+        config = replace(settings.engine_config, began=self._began)
+        front = self._front = Front(
+            config,
             int(settings.media_memory),
             settings.max_requests,
             settings.receive_timeout,
             self._telemetry,
             self._engine_module,
         )
+        front.launch()
         self._frame = GrpcFrame(settings.host, settings.port, SERVICE_NAME, self._telemetry, UNWATCHED, settings.debug)
-        add_to_server(ExecutorServicer(self._front, settings.model_name), self._frame.server)
+        add_to_server(ExecutorServicer(front, settings.model_name), self._frame.server)
         self._address = await self._frame.start()
-        await self._front.start()
-        self._log_ledger(self._front)
+        # Reading the checkpoint imports what the engine imports meanwhile; the loop has the engine to listen to.
+        await front.start(await asyncio.to_thread(_bind_family, settings))
+        self._log_ledger(front)
         await self._frame.set_serving(True)
+        front.boot_log.end(self._began)
 
     async def drain(self, grace: float) -> None:
         """NOT_SERVING first; then running requests get `grace` seconds."""

@@ -47,8 +47,8 @@ class ExecutorSettings(ServiceSettings):
     )
     prefix_caching: bool = Field(True, description="share the KV cache of equal beginnings between requests")
     encoder_cache_memory: ByteSize | None = Field(
-        None, gt=0, description="bytes of encoder features kept for items seen before; default: one step's items, "
-        "at least 256 MiB",
+        None, gt=0, description="bytes of encoder features kept for items seen before; default: two steps' items, "
+        "on CPU at least 256 MiB",
     )  # fmt: skip
     media_memory: ByteSize = Field(
         ByteSize(512 * 1024 * 1024),

@@ -7,23 +7,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, TypeVar
-
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
-
-# By their modules: without torch, transformers 5.17 puts a placeholder that always raises at the top level.
-from transformers.models.auto.feature_extraction_auto import AutoFeatureExtractor
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from registry.errors import CheckpointError
 from registry.limits import MediaLimits
+
+if TYPE_CHECKING:  # takes seconds, and who only reads or passes on what a context has made need not wait
+    from transformers import PreTrainedConfig
 
 __all__ = ["InputContext", "MediaLimits"]
 
 DEFAULT_SAMPLING_RATE: Final = 16000
 """Hz, where a checkpoint's processor names no rate."""
-ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
+ConfigT = TypeVar("ConfigT", bound="PreTrainedConfig")
 ValueT = TypeVar("ValueT")
 
 
@@ -45,17 +41,20 @@ class InputContext:
 
     @classmethod
     def from_checkpoint(
-        cls, model_dir: str | Path, limits: MediaLimits | None = None, config_class: Any = AutoConfig
+        cls, model_dir: str | Path, limits: MediaLimits | None = None, config_class: Any = None
     ) -> InputContext:
         """Read a checkpoint directory; CheckpointError says which file is missing or wrong.
 
-        Nothing is ever fetched: the directory must hold every file.
+        Nothing is ever fetched: the directory must hold every file. `config_class` None: transformers' AutoConfig.
         """
         path = Path(model_dir)
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} is not a checkpoint directory: it has no config.json")
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import AutoConfig, AutoTokenizer
+
         try:
-            config = config_class.from_pretrained(path, local_files_only=True)
+            config = (config_class or AutoConfig).from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
             raise CheckpointError(f"cannot read {path / 'config.json'}: {error}") from error
         try:
@@ -114,6 +113,9 @@ class InputContext:
     @cached_property
     def feature_extractor(self) -> Any:
         """The checkpoint's transformers feature extractor, for audio."""
+        # By its module: without torch, transformers 5.17 puts a placeholder that always raises at the top level.
+        from transformers.models.auto.feature_extraction_auto import AutoFeatureExtractor
+
         try:
             return AutoFeatureExtractor.from_pretrained(self.model_dir, local_files_only=True)
         except (OSError, ValueError, ImportError) as error:
@@ -122,6 +124,8 @@ class InputContext:
     @cached_property
     def image_processor(self) -> Any:
         """The checkpoint's transformers image processor, PIL backend."""
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor  # by its module, as above
+
         try:
             return AutoImageProcessor.from_pretrained(self.model_dir, backend="pil", local_files_only=True)
         except (OSError, ValueError, ImportError) as error:

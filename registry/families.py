@@ -9,8 +9,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Final
 
-from transformers import AutoConfig
-
 from registry.context import InputContext, read_architecture
 from registry.errors import RegistryError, UnknownArchitectureError
 from registry.family import ModelFamily
@@ -33,7 +31,7 @@ def open_family(model_dir: str | Path, limits: MediaLimits | None = None, plugin
     """The family of a checkpoint directory, which is read the way the family says."""
     path = Path(model_dir)
     cls = _find_class(read_architecture(path), path, plugins)
-    return ModelFamily(cls, InputContext.from_checkpoint(path, limits, cls.config_class or AutoConfig))
+    return ModelFamily(cls, InputContext.from_checkpoint(path, limits, cls.config_class))
 
 
 def _find_class(architecture: str, model_dir: Path, plugins: Sequence[str]) -> type[SupportsMultiModal]:

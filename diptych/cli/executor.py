@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from diptych.cli.services import run_with_settings
 from diptych.service import settings as service_settings
+from diptych.service.beginning import process_began
 from diptych.service.lifecycle import Service
 from executor_service.settings import ExecutorSettings
 
@@ -31,4 +33,4 @@ def run(arguments: argparse.Namespace) -> int:
 def _server_class() -> Callable[[ExecutorSettings], Service]:
     from executor_service.server import ExecutorServer
 
-    return ExecutorServer
+    return partial(ExecutorServer, began=process_began())

@@ -1,10 +1,11 @@
-"""Boot: `load_config -> load_kernels -> load_model -> profile_run -> allocate_kv_cache -> capture_graphs`."""
+"""Boot: `load_config -> load_kernels -> load_model -> profile_run -> allocate_kv_cache -> capture_graphs`.
+
+Importing this takes seconds, and half of the boot's work needs nothing of it: see `engine.process`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,20 +26,23 @@ from executor_service.engine.kv_cache import (
     num_blocks_in,
 )
 from executor_service.engine.memory import DeviceMemory, Memory, memory_of, parameter_bytes
-from executor_service.engine.messages import Booted, BootProgress, EngineConfig, MemoryLedger
+from executor_service.engine.messages import Booted, EngineConfig, MemoryLedger
 from executor_service.engine.model_runner import ModelRunner
 from executor_service.engine.profiling import MemoryPeaks, profile_run
 from executor_service.engine.scheduler import Scheduler
+from executor_service.engine.stages import Report, Stages
 from executor_service.models.loader import load_model
 from executor_service.models.protocol import KVGeometry, kv_geometry
+from executor_service.models.weights import Progress, WeightReader
 from registry import InputContext
 from registry.errors import CheckpointError
 from registry.family import ModelFamily
 from registry.fingerprint import fingerprint
 
-Report = Callable[[BootProgress], None]
-
-DEFAULT_ENCODER_CACHE_BYTES: Final = 256 * 1024 * 1024
+ENCODER_CACHE_STEPS: Final = 2
+"""What one step encodes is pinned while the next encodes as much."""
+MIN_ENCODER_CACHE_BYTES: Final = {"cpu": 256 * 1024 * 1024, "cuda": 0}
+"""Where nothing is sized by it, more is kept for items that come again."""
 
 
 @dataclass(frozen=True)
@@ -50,27 +54,33 @@ class BootedEngine:
     report: Booted
 
 
-def boot(config: EngineConfig, report: Report) -> BootedEngine:
-    """Everything up to SERVING; errors say what is wrong and, where there is one, the remedy."""
-    with _stage("load_config", report):
+def boot(
+    config: EngineConfig, report: Report, since: float | None = None, reader: WeightReader | None = None
+) -> BootedEngine:
+    """Everything up to SERVING; errors say what is wrong and, where there is one, the remedy.
+
+    `since` is when the stage before it ended, on `time.monotonic()`; `reader` has begun with the weights already.
+    """
+    stages = Stages(report, since)
+    with stages.stage("load_config"):
         setting = load_config(config)
         family, limits = setting.family, setting.limits
         memory = memory_of(setting.device)
-    with _stage("load_kernels", report) as stage:
-        stage.detail = _load_kernels(setting.device, report)
-    with _stage("load_model", report) as stage:
-        runner = _load_model(config, setting, report)
+    with stages.stage("load_kernels") as stage:
+        stage.detail = _load_kernels(setting.device, stages.progress("load_kernels"))
+    with stages.stage("load_model") as stage:
+        runner = _load_model(config, setting, stages.progress("load_model"), reader)
         stage.num_bytes = parameter_bytes(runner.model)
-    with _stage("profile_run", report) as stage:
+    with stages.stage("profile_run") as stage:
         geometry = kv_geometry(runner.model, family.ctx.text_config)
         sizes = graph_sizes(limits.max_num_seqs) if config.cuda_graphs and runner.can_capture else []
         peaks = profile_run(family, runner, geometry, memory, len(sizes))
         stage.num_bytes = max(peaks.vision, peaks.language)
-    with _stage("allocate_kv_cache", report) as stage:
+    with stages.stage("allocate_kv_cache") as stage:
         ledger = _allocate_kv_cache(config, runner, geometry, peaks, memory)
         stage.num_bytes, stage.detail = ledger.kv_cache_bytes, f"{ledger.num_blocks} blocks of {ledger.block_size}"
-    with _stage("capture_graphs", report) as stage:
-        stage.detail = _capture_graphs(runner, sizes, report)
+    with stages.stage("capture_graphs") as stage:
+        stage.detail = _capture_graphs(runner, sizes, stages.progress("capture_graphs"))
         stage.num_bytes = ledger.graphs_bytes or None
     scheduler = Scheduler(
         BlockManager(ledger.num_blocks, config.block_size, config.prefix_caching),
@@ -83,58 +93,29 @@ def boot(config: EngineConfig, report: Report) -> BootedEngine:
     return BootedEngine(engine, family, _booted(family, engine, ledger))
 
 
-@dataclass
-class _Stage:
-    detail: str = ""
-    num_bytes: int | None = None
-
-
-@contextlib.contextmanager
-def _stage(name: str, report: Report) -> Iterator[_Stage]:
-    """Report the stage's begin and, with seconds and bytes, its end."""
-    report(BootProgress(name, 0.0))
-    stage, start = _Stage(), time.monotonic()
-    yield stage
-    report(BootProgress(name, 1.0, stage.detail, time.monotonic() - start, stage.num_bytes))
-
-
-def _load_kernels(device: torch.device, report: Report) -> str:
+def _load_kernels(device: torch.device, progress: Progress) -> str:
     """On CPU the reference implementations come with the ops; importing them is all there is to do."""
     if device.type == "cpu":
         return "reference implementations on cpu"
     from executor_service.kernels.cuda.module import load_all
 
     torch.backends.cudnn.allow_tf32 = False  # a float32 model is one
-    origins = load_all(_progress("load_kernels", report))
+    origins = load_all(progress)
     return f"{torch.cuda.get_device_name(device)}: {origins}"
 
 
-def _progress(stage: str, report: Report) -> Callable[[int, int], None]:
-    """Reports every hundredth of a stage, told (done, all) as often as one likes."""
-    shown = -1.0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal shown
-        fraction = done / max(total, 1)
-        if fraction - shown >= 0.01 or done == total:
-            shown = fraction
-            report(BootProgress(stage, min(fraction, 0.999)))
-
-    return progress
-
-
-def _load_model(config: EngineConfig, setting: Setting, report: Report) -> ModelRunner:
+def _load_model(config: EngineConfig, setting: Setting, progress: Progress, reader: WeightReader | None) -> ModelRunner:
     family, device, dtype = setting.family, setting.device, setting.dtype
-    model = load_model(family, _keyword_names(family), device, dtype, _progress("load_model", report))
+    model = load_model(family, _keyword_names(family), device, dtype, progress, reader)
     if config.decoder != "stock":
         _fuse_decoder(model, is_required=config.decoder == "fused")
     return ModelRunner(model, device, dtype, setting.limits, _eos_token_ids(family.ctx))
 
 
-def _capture_graphs(runner: ModelRunner, sizes: list[int], report: Report) -> str:
+def _capture_graphs(runner: ModelRunner, sizes: list[int], progress: Progress) -> str:
     if not sizes:
         return "none"
-    runner.graphs = runner.capture_graphs(sizes, _progress("capture_graphs", report))
+    runner.graphs = runner.capture_graphs(sizes, progress)
     return f"{len(sizes)} batch sizes up to {sizes[0]}"
 
 
@@ -194,11 +175,11 @@ def _encoder_cache_bytes(config: EngineConfig, runner: ModelRunner) -> int:
     if config.encoder_cache_memory is not None:
         return config.encoder_cache_memory
     of_a_step = runner.limits.max_num_encoder_tokens * runner.encoder.feature_width * runner.dtype.itemsize
-    return max(DEFAULT_ENCODER_CACHE_BYTES, of_a_step)
+    return max(MIN_ENCODER_CACHE_BYTES[runner.device.type], ENCODER_CACHE_STEPS * of_a_step)
 
 
 def _encoder_cache_capacity(config: EngineConfig, family: ModelFamily, runner: ModelRunner) -> int:
-    """Feature tokens that fit the budget; it must hold the largest item, and by default what one step may encode."""
+    """Feature tokens that fit the budget; it must hold the largest item, and by default what two steps may encode."""
     bytes_per_feature = runner.encoder.feature_width * runner.dtype.itemsize
     budget = _encoder_cache_bytes(config, runner)
     capacity = budget // bytes_per_feature

@@ -42,7 +42,7 @@ class Setting:
 def load_config(config: EngineConfig) -> Setting:
     """Errors say which limit to change, and to what."""
     family = open_family(config.model_dir, config.limits, config.plugins)
-    device = _pick_device(config.device)
+    device = pick_device(config.device)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     runs_ahead = device.type != "cpu" if config.async_scheduling == "auto" else config.async_scheduling == "on"
@@ -50,7 +50,7 @@ def load_config(config: EngineConfig) -> Setting:
     return Setting(family, device, dtype, _limits(family, config, device), runs_ahead)
 
 
-def _pick_device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
     """`auto`: a GPU that torch can use, else the CPU."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")

@@ -20,7 +20,8 @@ class EngineConfig:
     """Everything the engine is told at its start; None: the engine picks. `async_scheduling` auto, on or off.
 
     Memory in bytes, lengths and budgets in tokens. `check_integrity` proves the resources after every
-    step and ends the engine if they are not whole (for tests).
+    step and ends the engine if they are not whole (for tests). `began` is when whoever starts it began, on
+    `time.monotonic()`, for the first line of the boot.
     """
 
     model_dir: Path
@@ -41,6 +42,7 @@ class EngineConfig:
     async_scheduling: str = "auto"
     encoder_cache_memory: int | None = None
     check_integrity: bool = False
+    began: float | None = None
 
 
 @dataclass(frozen=True)

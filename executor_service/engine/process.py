@@ -1,7 +1,10 @@
-"""The engine process: messages in, a step, a report out, until told to stop.
+"""The engine process: boots the engine and runs it until told to stop.
 
 Started by the front as `python -m executor_service.engine.process CONNECTION_FD ARENA_FD ARENA_BYTES`.
 It ends by itself when the front is gone.
+
+Importing torch and transformers takes longer than all that the boot does itself. So this module imports neither, and
+what needs neither begins beside it: a GPU's context and the kernels' machine code, then the way of the weights to it.
 """
 
 from __future__ import annotations
@@ -13,154 +16,83 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
 from multiprocessing.connection import Connection
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
-import numpy as np
-import torch
+from executor_service.engine.messages import BootFailed, EngineConfig, EngineFailed
+from executor_service.engine.stages import Stages
+from registry.errors import CheckpointError, RegistryError
 
-from executor_service.engine.boot import BootedEngine, boot
-from executor_service.engine.messages import (
-    Abort,
-    BootFailed,
-    EngineConfig,
-    EngineFailed,
-    FinishReason,
-    ItemSlots,
-    Shutdown,
-    Submit,
-    TensorSlot,
-    ToEngine,
-)
-from executor_service.engine.request import EngineItem, Request
-from registry import PlaceholderRange, TensorSpec
-from registry.errors import RegistryError
+if TYPE_CHECKING:
+    from executor_service.engine.boot import BootedEngine
 
 MAX_REASON: Final = 200
 """Characters of an error that are told beyond the log."""
-
-
-class EngineProcess:
-    """Owns the engine, the front's connection and a view of the shared arena."""
-
-    def __init__(self, connection: Connection, arena: memoryview, booted: BootedEngine) -> None:
-        self._connection = connection
-        self._arena = arena
-        self._engine = booted.engine
-        self._family = booted.family
-        self._max_model_len = booted.report.max_model_len
-        self._stopping = False
-        if booted.engine.runner.device.type == "cuda":
-            _page_lock(arena)
-
-    def run(self) -> None:
-        """Receive, step, send; waits for messages while there is no work."""
-        while not self._stopping:
-            self._receive()
-            if self._engine.has_work:
-                self._connection.send(self._engine.step())
-
-    def _receive(self) -> None:
-        """Take every message that is there; wait for one if there is nothing else to do."""
-        while not self._stopping and (not self._engine.has_work or self._connection.poll()):
-            self._handle(self._connection.recv())
-
-    def _handle(self, message: ToEngine) -> None:
-        match message:
-            case Submit():
-                self._add(message)
-            case Abort():
-                self._engine.abort(message.request_ids)
-            case Shutdown():
-                self._stopping = True
-
-    def _add(self, submit: Submit) -> None:
-        """Queue a request; a plugin's `positions` may raise, which is that request's end alone."""
-        try:
-            request = self._make_request(submit)
-        except Exception as error:
-            # Without a layout nobody has attested the tensors that it reads: then they are the sender's fault.
-            is_attested = all(self._family.has_layout(item.info.modality) for item in submit.items)
-            reason = FinishReason.FAILED if is_attested else FinishReason.MISMATCHED
-            self._engine.refuse(submit.request_id, reason, f"positions: {type(error).__name__}: {error}")
-            return
-        self._engine.add(request)
-
-    def _make_request(self, submit: Submit) -> Request:
-        items = [self._make_item(item, submit.prompt_token_ids) for item in submit.items]
-        positions, delta = self._engine.runner.prompt_positions(submit.prompt_token_ids, items)
-        return Request(
-            submit.request_id,
-            submit.prompt_token_ids,
-            items,
-            submit.sampling,
-            self._max_model_len,
-            submit.priority,
-            positions,
-            delta,
-            submit.output_token_ids,
-        )
-
-    def _make_item(self, item: ItemSlots, prompt_token_ids: Sequence[int]) -> EngineItem:
-        modality, place = item.info.modality, PlaceholderRange(item.offset, item.length)
-        tensors = {slot.name: self._view(slot) for slot in item.tensors}
-        if self._family.has_layout(modality):
-            layout = self._family.layout(item.info)
-            return EngineItem(place, modality, layout, tensors, content_digest=item.content_digest)
-        specs = {slot.name: TensorSpec(slot.dtype, slot.shape) for slot in item.tensors}
-        layout = self._family.observed_layout(modality, prompt_token_ids[place.offset : place.end], specs)
-        return EngineItem(place, modality, layout, tensors, is_attested=False, content_digest=item.content_digest)
-
-    def _view(self, slot: TensorSlot) -> torch.Tensor:
-        """The tensor's bytes where they are; valid until the front is told that the request has ended."""
-        raw = np.frombuffer(self._arena, dtype=np.uint8, count=slot.num_bytes, offset=slot.arena_offset)
-        dtype: torch.dtype = getattr(torch, slot.dtype)
-        return torch.from_numpy(raw).view(dtype).view(slot.shape)
-
-
-def _page_lock(arena: memoryview) -> None:
-    """Keep the arena where it is in memory, so that the GPU can copy from it while everybody goes on."""
-    address = np.frombuffer(arena, dtype=np.uint8).ctypes.data
-    status = torch.cuda.cudart().cudaHostRegister(address, arena.nbytes, 0)
-    if int(status):
-        raise RuntimeError(f"the shared memory for tensors cannot be page-locked: CUDA error {int(status)}")
+SWITCH_SECONDS: Final = 0.0005
+"""How long a thread may wait for the one that imports: readers of weights ask for the interpreter often and briefly."""
 
 
 def main(argv: list[str]) -> int:
-    """Boot and run; 0 after a Shutdown or when the front has gone, 1 after a failure that was reported."""
+    """Boot and run; 0 after a Shutdown or when the front has gone. It ends the process if it fails, having said why."""
     connection_fd, arena_fd, arena_bytes = (int(argument) for argument in argv)
     # Ctrl-C reaches the whole process group; the front decides when the engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(connection_fd)
     arena = memoryview(mmap.mmap(arena_fd, arena_bytes))
     os.close(arena_fd)
-    config: EngineConfig = connection.recv()
     try:
-        booted = boot(config, connection.send)
-    except (RegistryError, TypeError, OSError, RuntimeError) as error:
+        booted = _boot(connection.recv(), connection)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        os._exit(0)  # the front has gone
+    except (RegistryError, ImportError, TypeError, OSError, RuntimeError) as error:
         traceback.print_exc(file=sys.stderr)
-        connection.send(BootFailed(str(error)))
-        return 1
+        _end(connection, BootFailed(str(error)))
+    from executor_service.engine.loop import EngineLoop
+
     # Modules and weights live as long as the process: looking through them for garbage would stop steps for long.
     gc.collect()
     gc.freeze()
     connection.send(booted.report)
     try:
-        EngineProcess(connection, arena, booted).run()
+        EngineLoop(connection, arena, booted).run()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the front has gone
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
-        _fail(connection, error)
+        reason = str(error).partition("\n")[0][:MAX_REASON]
+        _end(connection, EngineFailed(f"{type(error).__name__}: {reason}"))
     return 0
 
 
-def _fail(connection: Connection, error: Exception) -> NoReturn:
+def _boot(config: EngineConfig, connection: Connection) -> BootedEngine:
+    stages = Stages(connection.send, config.began)
+    with stages.stage("start_process"):
+        pass  # it has begun, and gets here
+    with stages.stage("import_modules"):
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_SECONDS)
+        if config.device != "cpu":
+            from executor_service.kernels.cuda import ahead
+
+            ahead.begin()
+        from executor_service.engine.configuration import pick_device
+        from executor_service.models.weights import WeightReader
+
+        device = pick_device(config.device)
+        reader = None
+        if device.type == "cuda":
+            with contextlib.suppress(CheckpointError):  # which is told in its turn
+                reader = WeightReader(config.model_dir, device)
+        from executor_service.engine.boot import boot
+    booted = boot(config, connection.send, stages.since, reader)
+    sys.setswitchinterval(before)
+    return booted
+
+
+def _end(connection: Connection, last_word: BootFailed | EngineFailed) -> NoReturn:
     """Say why, and end at once: what is left of a process whose GPU has failed may wait for it for ever."""
-    reason = str(error).partition("\n")[0][:MAX_REASON]
     with contextlib.suppress(OSError):
-        connection.send(EngineFailed(f"{type(error).__name__}: {reason}"))
+        connection.send(last_word)
         connection.close()
     sys.stderr.flush()
     os._exit(1)

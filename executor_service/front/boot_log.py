@@ -1,9 +1,10 @@
-"""The engine's boot as a person sees it: one log line per stage, and a progress bar while weights load."""
+"""The boot as a person sees it: a log line per stage, which add up to the last line, and a bar while weights load."""
 
 from __future__ import annotations
 
 import logging
 import sys
+import time
 from typing import Any
 
 from tqdm import tqdm
@@ -18,6 +19,7 @@ class BootLog:
 
     def __init__(self) -> None:
         self._bar: Any = None
+        self._seconds = 0.0
 
     def show(self, progress: BootProgress) -> None:
         """Log a finished stage; move the bar of a running one."""
@@ -25,12 +27,19 @@ class BootLog:
             self._move(progress)
             return
         self._close()
+        self._seconds += progress.seconds
         parts = [f"{progress.seconds:.2f} s"]
         if progress.num_bytes is not None:
             parts.append(f"{progress.num_bytes / 2**20:,.1f} MiB")
         if progress.detail:
             parts.append(progress.detail)
         LOG.info("%s: %s", progress.stage, ", ".join(parts))
+
+    def end(self, began: float) -> None:
+        """The executor is SERVING; `began` is when the boot did, on `time.monotonic()`."""
+        seconds = time.monotonic() - began
+        self.show(BootProgress("start_serving", 1.0, seconds=seconds - self._seconds))
+        LOG.info("boot: %.2f s in all", seconds)
 
     def _move(self, progress: BootProgress) -> None:
         if not sys.stderr.isatty():

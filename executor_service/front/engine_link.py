@@ -32,7 +32,7 @@ ENGINE_MODULE: Final = "executor_service.engine.process"
 
 
 class EngineLink:
-    """One engine process. Callbacks run in the event loop that called `start`."""
+    """One engine process. Callbacks run in the event loop that called `launch`."""
 
     def __init__(
         self,
@@ -50,8 +50,8 @@ class EngineLink:
         self._last_word = ""
         self.died: asyncio.Future[str] | None = None
 
-    async def start(self, config: EngineConfig, arena: Arena) -> Booted:
-        """Start the process and boot the engine; UnavailableError with the engine's own words if it cannot."""
+    def launch(self, config: EngineConfig, arena: Arena) -> None:
+        """Start the process, which begins to boot, and listen to it."""
         loop = asyncio.get_running_loop()
         self._booted, self.died = loop.create_future(), loop.create_future()
         self._connection, theirs = Pipe(duplex=True)
@@ -60,6 +60,10 @@ class EngineLink:
         self._connection.send(config)
         self._outbox = EngineOutbox(self._connection)
         loop.add_reader(self._connection.fileno(), self._read)
+
+    async def wait_booted(self) -> Booted:
+        """What the engine says of itself; UnavailableError with its own words if it cannot boot."""
+        assert self._booted is not None
         return await self._booted
 
     def send(self, message: ToEngine) -> None:
@@ -68,9 +72,11 @@ class EngineLink:
             self._outbox.send(message)
 
     async def stop(self, patience: float = 5.0) -> None:
-        """Ask the engine to end, and end it if it does not."""
+        """Ask the engine to end, and end it if it does not, or is still booting: then nobody waits for its answers."""
         if self._process is None:
             return
+        if not self._is_booted:
+            self._process.kill()
         self.send(Shutdown())
         try:
             await asyncio.to_thread(self._process.wait, patience)
@@ -79,6 +85,12 @@ class EngineLink:
             await asyncio.to_thread(self._process.wait)
         self._close()
         self._process = None
+
+    @property
+    def _is_booted(self) -> bool:
+        booted = self._booted
+        # Whoever waited may have been cancelled, and the future with it; an exception is looked at, waited for or not.
+        return booted is not None and booted.done() and not booted.cancelled() and booted.exception() is None
 
     def _read(self) -> None:
         """Handle one message, so that a fast engine leaves the loop time to send what it made.

@@ -53,7 +53,6 @@ class Front:
 
     def __init__(
         self,
-        family: ModelFamily,
         config: EngineConfig,
         arena_bytes: int,
         max_requests: int,
@@ -61,14 +60,15 @@ class Front:
         telemetry: Telemetry,
         engine_module: str = ENGINE_MODULE,
     ) -> None:
-        self.family = family
         self.config = config
         self._max_requests = max_requests
         self._arena = Arena(arena_bytes)
         self._reception = Reception(self._arena, receive_timeout, self._submit, self.end)
-        self._link = EngineLink(BootLog().show, self._on_step, engine_module)
+        self.boot_log = BootLog()
+        self._link = EngineLink(self.boot_log.show, self._on_step, engine_module)
         self._requests: dict[int, FrontRequest] = {}
         self._next_number = 0
+        self._family: ModelFamily | None = None
         self._admission: Admission | None = None
         self._booted: Booted | None = None
         self._draining = False
@@ -76,6 +76,12 @@ class Front:
         self.counters = Counters()
         self._reports = FrontReports(telemetry, self)
         self._closed = asyncio.Event()
+
+    @property
+    def family(self) -> ModelFamily:
+        """What the checkpoint's items are."""
+        assert self._family is not None
+        return self._family
 
     @property
     def booted(self) -> Booted:
@@ -107,10 +113,15 @@ class Front:
 
     # --- lifecycle --------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Boot the engine."""
-        self._booted = await self._link.start(self.config, self._arena)
-        self._admission = Admission(self.family, self._booted)
+    def launch(self) -> None:
+        """Start the engine process, which takes longer than everything else; so it comes first."""
+        self._link.launch(self.config, self._arena)
+
+    async def start(self, family: ModelFamily) -> None:
+        """Wait until the engine is booted, then take requests for items of `family`."""
+        self._family = family
+        self._booted = await self._link.wait_booted()
+        self._admission = Admission(family, self._booted)
         self.load = Load(0, 0, 0, self._booted.ledger.num_blocks)
         assert self._link.died is not None
         self._link.died.add_done_callback(self._on_death)

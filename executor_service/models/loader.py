@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import threading
+import contextlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from executor_service.models.protocol import check_model_class, check_required_keywords, load_model_class
+from executor_service.models.weights import Progress, WeightReader
 from registry.errors import CheckpointError
 from registry.family import ModelFamily
 
-NUM_READERS: Final = 8
-Progress = Callable[[int, int], None]
-"""Called with (bytes loaded, bytes in all)."""
-
 
 def load_model(
-    family: ModelFamily, tensor_names: tuple[str, ...], device: torch.device, dtype: torch.dtype, progress: Progress
-) -> nn.Module:
+    family: ModelFamily, tensor_names: tuple[str, ...], device: torch.device, dtype: torch.dtype, progress: Progress,
+    reader: WeightReader | None = None,
+) -> nn.Module:  # fmt: skip
     """Build the family's model on the meta device and give every parameter its weights.
 
     TypeError if the class does not fit the model protocol; CheckpointError names missing, unknown or
-    misshapen weights.
+    misshapen weights. `reader` may have begun to read them already.
     """
     model = build_model(family, tensor_names, device, dtype)
-    missing = _assign_weights(model, family.ctx.model_dir, device, dtype, progress)
+    reader = reader or WeightReader(family.ctx.model_dir, device)
+    with contextlib.closing(reader):
+        missing = _assign_weights(model, reader.tensors(progress), family.ctx.model_dir, dtype)
     _finish(model, missing)
     return model.eval().requires_grad_(False)
 
@@ -60,13 +57,13 @@ def _build_on_meta(cls: type[nn.Module], family: ModelFamily, dtype: torch.dtype
 
 
 def _assign_weights(
-    model: nn.Module, model_dir: Path, device: torch.device, dtype: torch.dtype, progress: Progress
+    model: nn.Module, weights: Iterator[tuple[str, Tensor]], model_dir: Path, dtype: torch.dtype
 ) -> set[str]:
-    """Load every weight the model knows; returns the names no file had."""
+    """Give the model every weight that it knows; returns the names no file had."""
     rename: Callable[[str], str | None] = getattr(model, "rename_weight", lambda name: name)
     expected = dict(model.named_parameters(remove_duplicate=False)) | dict(_persistent_buffers(model))
     missing, unknown = set(expected), []
-    for source, tensor in _read_weights(model_dir, device, progress):
+    for source, tensor in weights:
         if (name := rename(source)) is None:
             continue
         if name not in expected:
@@ -78,46 +75,6 @@ def _assign_weights(
     if unknown:
         raise CheckpointError(f"{model_dir} has weights the model does not know: {_some(unknown)}")
     return missing
-
-
-def _read_weights(model_dir: Path, device: torch.device, progress: Progress) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of all files. Several readers bring them to a GPU: one alone is slower than the way there."""
-    files = _weight_files(model_dir)
-    total, done = sum(file.stat().st_size for file in files), 0
-    opened = threading.local()
-
-    def read(place: tuple[Path, str]) -> Tensor:
-        file, name = place
-        if getattr(opened, "file", None) != file:
-            opened.file, opened.weights = file, safe_open(file, framework="pt", device=str(device))
-        tensor: Tensor = opened.weights.get_tensor(name)
-        return tensor
-
-    places = [(file, name) for file in files for name in _names_in(file)]
-    with ThreadPoolExecutor(NUM_READERS if device.type == "cuda" else 1) as readers:
-        for (_, name), tensor in zip(places, readers.map(read, places), strict=True):
-            done += tensor.numel() * tensor.element_size()
-            progress(done, total)
-            yield name, tensor
-    progress(total, total)
-
-
-def _names_in(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as weights:
-        return list(weights.keys())
-
-
-def _weight_files(model_dir: Path) -> list[Path]:
-    index = model_dir / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        files = [model_dir / name for name in names]
-    else:
-        files = [model_dir / "model.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{model_dir} lacks {file.name}; weights must be in safetensors files")
-    return files
 
 
 def _check_shape(name: str, tensor: Tensor, expected: Tensor) -> None:

@@ -18,8 +18,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from diptych.service.errors import UnavailableError
 from diptych.service.lifecycle import CHANNEL_OPTIONS
+from executor_service.engine.loop import EngineLoop
 from executor_service.engine.messages import FinishReason, SamplingParams, StepReport, Submit
-from executor_service.engine.process import EngineProcess
 from executor_service.server import ExecutorServer
 from executor_service.settings import ExecutorSettings
 from registry.errors import CheckpointError
@@ -229,7 +229,7 @@ def test_a_model_whose_positions_raise_fails_that_request_alone(checkpoint) -> N
     sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
     connection = Scripted([Submit(number, ids, (), sampling, 0, ()) for number, ids in ((1, [5, 6]), (2, [7, 6]))])
     with pytest.raises(EOFError):
-        EngineProcess(connection, memoryview(b""), booted).run()
+        EngineLoop(connection, memoryview(b""), booted).run()
     finished = {one.request_id: one for report in connection.sent for one in report.finished}
     assert finished[1].reason is FinishReason.LENGTH
     assert finished[2].reason is FinishReason.FAILED

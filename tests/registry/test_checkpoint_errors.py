@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import LlavaConfig
 
-from registry import InputContext, context
+from registry import InputContext
 from registry.errors import CheckpointError, UnknownArchitectureError
 from registry.families import bind_family
 from registry.fingerprint import fingerprint
@@ -170,6 +170,6 @@ def test_a_configuration_of_another_class(tmp_path: Path) -> None:
 
 def test_a_tokenizer_without_a_fast_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_llava_checkpoint(tmp_path / "model")
-    monkeypatch.setattr(context.AutoTokenizer, "from_pretrained", lambda *_, **__: SimpleNamespace(is_fast=False))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: SimpleNamespace(is_fast=False))
     with pytest.raises(CheckpointError, match=r"has no fast form \(tokenizer\.json\); convert it first$"):
         boot(path)

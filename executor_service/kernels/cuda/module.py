@@ -14,7 +14,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from executor_service.kernels.cuda.code import KernelLoadError, MachineCode, machine_code, sources
+from executor_service.kernels.cuda.ahead import code_of
+from executor_service.kernels.cuda.code import KernelLoadError, MachineCode, sources
 
 POINTER: Final = ctypes.c_void_p
 INT: Final = ctypes.c_int
@@ -151,7 +152,7 @@ def _module(source: str, device: int) -> Any:
 
 @cache
 def _code(source: str, device: int) -> MachineCode:
-    return machine_code(source, torch.cuda.get_device_capability(device))
+    return code_of(source, torch.cuda.get_device_capability(device))
 
 
 @cache

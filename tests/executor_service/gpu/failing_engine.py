@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from executor_service.engine import boot as booting
 from executor_service.engine import process
 from executor_service.engine.model_runner import ModelRunner
 
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
         ModelRunner.execute = failing  # type: ignore[method-assign]
         return booted
 
-    original, process.boot = process.boot, boot
+    original, booting.boot = booting.boot, boot
     return process.main(argv)
 
 
