@@ -72,7 +72,13 @@ class Engine:
         )
 
     def add(self, request: Request) -> None:
-        """Queue a request."""
+        """Queue a request; what a plugin says of its spans may be wrong, which is that request's end alone."""
+        try:
+            request.spans = self.runner.bidirectional_spans(request.items)
+        except Exception as error:
+            reason = FinishReason.FAILED if all(item.is_attested for item in request.items) else FinishReason.MISMATCHED
+            self.refuse(request.request_id, reason, f"bidirectional_spans: {type(error).__name__}: {error}")
+            return
         self._requests[request.request_id] = request
         self.scheduler.add(request)
 

@@ -18,9 +18,10 @@ from executor_service.engine.decode_graphs import DecodeGraphs
 from executor_service.engine.item_encoder import Failures, ItemEncoder
 from executor_service.engine.limits import EngineLimits
 from executor_service.engine.logprobs import PendingPromptLogprobs, prompt_logprobs
-from executor_service.engine.request import EngineItem
+from executor_service.engine.request import EngineItem, Span
 from executor_service.engine.sampler import PendingTokens, Sampler
 from executor_service.engine.scheduler import ScheduledBatch, ScheduledRequest
+from executor_service.engine.spans import checked_spans
 from executor_service.engine.step_inputs import InputStage, StepInputs, lay_out, pad_decodes
 from executor_service.kernels.embed_merge import embed_merge
 from executor_service.layers.context import KVCache, forward_context
@@ -93,6 +94,12 @@ class ModelRunner:
             return None, 0
         positions, delta = function(prompt_token_ids, items)
         return np.asarray(positions, dtype=np.int64), int(delta)
+
+    def bidirectional_spans(self, items: Sequence[EngineItem]) -> tuple[Span, ...]:
+        """Tokens of a prompt with these items that see each other."""
+        function = getattr(self.model, "bidirectional_spans", None)
+        found = function(items) if function is not None and items else ()
+        return checked_spans(found, items, self.limits.max_num_batched_tokens)
 
     def _sample(self, logits: Tensor, sampling: list[ScheduledRequest]) -> PendingTokens:
         """The next token of every row; the step after this one finds them on the device."""

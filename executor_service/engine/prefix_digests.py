@@ -2,7 +2,9 @@
 
 The digest of block i is SHA-256 over the digest of block i - 1, the block's token ids, and for each media item
 that reaches into it the item's content digest and where in the item the block begins. Placeholder tokens of two
-pictures are equal; the content digests are not.
+pictures are equal; the content digests are not. Tokens of a bidirectional span depend on what comes later in it, so its
+extent and its token ids count with every block that it reaches into: such a block is right for whoever shares it, also
+without the rest of the span.
 """
 
 from __future__ import annotations
@@ -23,4 +25,7 @@ def extend_digests(request: Request, block_size: int, num_blocks: int) -> None:
             assert item.content_digest is not None
             hasher.update(item.content_digest)
             hasher.update((begin - item.placeholder.offset).to_bytes(8, "little", signed=True))
+        for first, last in request.spans_between(begin, end):
+            hasher.update(b"".join((place - begin).to_bytes(8, "little", signed=True) for place in (first, last)))
+            hasher.update(request.token_ids[first:last].astype("<i8").tobytes())
         digests.append(hasher.digest())

@@ -113,6 +113,7 @@ def _run_language_model(runner: ModelRunner, prompt: list[int], items: list[Engi
     """Prompts of dummy data up to the token budget, the first with its items."""
     limits, length = runner.limits, _longest_chunk(runner)
     blocks = BlockManager(_num_scratch_blocks(runner), limits.block_size, shares_prefixes=False)
+    spans = runner.bidirectional_spans(items)
     inside = tuple(item for item in items if item.placeholder.offset < length)
     batch, left = list[ScheduledRequest](), limits.max_num_batched_tokens
     while left and len(batch) < limits.max_num_seqs:
@@ -121,6 +122,7 @@ def _run_language_model(runner: ModelRunner, prompt: list[int], items: list[Engi
         request = Request(
             len(batch), text, [] if batch else items, SamplingParams(max_tokens=1, temperature=0.0), len(prompt) + 1
         )
+        request.spans = [span for span in spans if span[1] <= num_tokens and not batch]
         blocks.reserve(request, num_tokens)
         batch.append(ScheduledRequest(request, num_tokens, () if batch else inside))
         left -= num_tokens

@@ -15,6 +15,9 @@ from executor_service.engine.constraints import TokenConstraints
 from executor_service.engine.messages import FinishReason, SamplingParams
 from registry import ItemLayout, PlaceholderRange
 
+Span = tuple[int, int]
+"""Begin and end of tokens that see each other."""
+
 
 @dataclass(eq=False)
 class EncodedItem:
@@ -55,7 +58,8 @@ class Request:
     """Tokens, progress and blocks of one request.
 
     Invariant: keys and values of the first `num_computed_tokens` tokens are in the blocks of `block_table`.
-    `items` are in the prompt's order; no token from `items_end` on belongs to one.
+    `items` are in the prompt's order; no token from `items_end` on belongs to one. `spans` (see `spans.py`) are
+    computed as a whole: `num_computed_tokens` is in one only where the blocks before it came from the prefix cache.
     `output_token_ids` were given to the client before, by another executor: generation goes on behind them.
     `num_inflight_tokens` more are sampled, but so far known to the device alone.
     """
@@ -75,6 +79,7 @@ class Request:
         self.request_id = request_id
         self.items = items
         self.items_end = items[-1].placeholder.end if items else 0
+        self.spans: Sequence[Span] = ()
         self.sampling = sampling
         self.priority = priority
         self.num_prompt_tokens = len(prompt_token_ids)
@@ -186,6 +191,19 @@ class Request:
         if start >= self.items_end:
             return ()
         return [item for item in self.items if item.placeholder.offset < end and item.placeholder.end > start]
+
+    def spans_between(self, start: int, end: int) -> Sequence[Span]:
+        """Spans that overlap tokens `start` to `end`."""
+        if not self.spans or start >= self.items_end:
+            return ()
+        return [(first, last) for first, last in self.spans if first < end and last > start]
+
+    def without_cut(self, num_tokens: int) -> int:
+        """How many of the next `num_tokens` tokens a step may compute, so that it ends in no span."""
+        start = self.num_computed_tokens
+        end = start + num_tokens
+        cut = next((first for first, last in self.spans_between(start, end) if last > end), end)
+        return max(cut - start, 0)
 
     def append(self, token_id: int, eos_token_ids: frozenset[int]) -> None:
         """Add an output token, and finish if it ends the answer."""

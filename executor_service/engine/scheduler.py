@@ -3,7 +3,7 @@
 Running requests go first, then waiting ones, both by priority and arrival. A step has a budget of tokens and one
 of encoder features; KV blocks and the encoder cache are the others. Where blocks run out, the last running
 request in that order is preempted and recomputed later. A request that begins shares the longest prefix that is
-in the KV cache.
+in the KV cache. Tokens that see each other (`spans`) are computed in one step.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class _Budget:
     _encoded: bool = False
 
     def fit(self, request: Request) -> int:
-        """How many tokens of the request fit: up to the first item that cannot be encoded in this step."""
+        """How many tokens of the request fit: up to the first item that cannot be encoded, or span that is cut."""
         if request.num_inflight_tokens and request.awaits_tokens:
             return 0
         start = request.num_computed_tokens
@@ -236,7 +236,7 @@ class _Budget:
                 return max(item.placeholder.offset - start, 0)
             if item.content_digest is not None:
                 seen.add(item.content_digest)
-        return num_tokens
+        return request.without_cut(num_tokens)
 
     def take(self, num_tokens: int, items: list[EngineItem]) -> None:
         """Spend a chunk and the items encoded for it."""

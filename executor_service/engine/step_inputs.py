@@ -35,7 +35,7 @@ class HostBatch:
 
     `token_ids` [T] with 0 for features and for tokens that are still on the device; those are row `sampled_rows` [T] of
     what the step before has sampled, NOT_SAMPLED elsewhere. `positions` [T] or [axes, T]. All int64, but for
-    `cu_seqlens`, `seq_lens` and `block_tables`, which are int32.
+    `cu_seqlens`, `seq_lens`, `block_tables` and `visible_ends`, which are int32.
     """
 
     token_ids: np.ndarray
@@ -47,6 +47,7 @@ class HostBatch:
     block_tables: np.ndarray
     num_decodes: int
     max_query_len: int
+    visible_ends: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def lay_out(batch: Sequence[ScheduledRequest], block_size: int) -> HostBatch:
     starts = np.array([scheduled.request.num_computed_tokens for scheduled in batch])
     cu_seqlens = np.concatenate(([0], np.cumsum(lengths)))
     places = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1] - starts, lengths)
-    tables = _block_tables(batch)
+    tables, longest = _block_tables(batch), int(lengths.max())
     rows = np.repeat(np.arange(len(batch)), lengths)
     blocks = tables[rows, places // block_size].astype(np.int64)
     token_ids, sampled_rows = _tokens(batch, cu_seqlens)
@@ -83,7 +84,8 @@ def lay_out(batch: Sequence[ScheduledRequest], block_size: int) -> HostBatch:
         (starts + lengths).astype(np.int32),
         tables,
         num_decodes=int((lengths == 1).sum()),
-        max_query_len=int(lengths.max()),
+        max_query_len=longest,
+        visible_ends=_visible_ends(batch, cu_seqlens, places) if longest > 1 else None,
     )
 
 
@@ -137,6 +139,18 @@ def _positions(batch: Sequence[ScheduledRequest], places: np.ndarray) -> np.ndar
     return np.concatenate(positions, axis=-1)
 
 
+def _visible_ends(batch: Sequence[ScheduledRequest], cu_seqlens: np.ndarray, places: np.ndarray) -> np.ndarray | None:
+    """How many tokens of its request each token sees: int32 [T]; None: all see just up to themselves."""
+    ends: np.ndarray | None = None
+    for scheduled, row in zip(batch, cu_seqlens.tolist(), strict=False):
+        request, start = scheduled.request, scheduled.request.num_computed_tokens
+        for first, last in request.spans_between(start, start + scheduled.num_tokens):
+            if ends is None:
+                ends = (places + 1).astype(np.int32)
+            ends[row + max(first - start, 0) : row + last - start] = last
+    return ends
+
+
 def _tokens(batch: Sequence[ScheduledRequest], cu_seqlens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Token ids as far as the host knows them, and where the device has the others."""
     token_ids = np.zeros(cu_seqlens[-1], dtype=np.int64)
@@ -178,7 +192,8 @@ class InputStage:
     def _make_buffers(self, device: torch.device, limits: EngineLimits, pin_memory: bool) -> None:
         """With room for the largest step."""
         rows = limits.max_num_seqs
-        num_longs = (5 + _MAX_AXES) * limits.max_num_tokens + rows  # the places of features are a long each
+        # The places of features are a long each, visible ends half of one.
+        num_longs = (5 + _MAX_AXES) * limits.max_num_tokens + rows
         num_longs += (rows * (limits.max_num_blocks_per_request + 2) + 1) // 2 + _MAX_ARRAYS * _ALIGNMENT // 8
         self._buffer = torch.zeros(num_longs, dtype=torch.int64, device=device)
         self._pinned = [torch.zeros(num_longs, dtype=torch.int64, pin_memory=pin_memory) for _ in range(_NUM_BUFFERS)]
@@ -189,12 +204,16 @@ class InputStage:
         """The batch, and further int64 or int32 arrays, on the device; valid until the next call."""
         longs = [batch.token_ids, batch.sampled_rows, batch.positions, batch.slot_mapping]
         ints = [batch.cu_seqlens, batch.seq_lens, batch.block_tables]
+        ends = [] if batch.visible_ends is None else [batch.visible_ends]
         more_longs = [array for array in more if array.dtype == np.int64]
         more_ints = [array for array in more if array.dtype == np.int32]
-        tensors = self._copy([*longs, *more_longs], [*ints, *more_ints])
+        tensors = self._copy([*longs, *more_longs], [*ints, *more_ints, *ends])
+        visible_ends = tensors.pop() if ends else None
         token_ids, sampled_rows, positions, slots = tensors[:4]
         cu_seqlens, seq_lens, tables = tensors[4 + len(more_longs) :][:3]
-        metadata = AttentionMetadata(slots, cu_seqlens, seq_lens, tables, batch.num_decodes, batch.max_query_len)
+        metadata = AttentionMetadata(
+            slots, cu_seqlens, seq_lens, tables, batch.num_decodes, batch.max_query_len, visible_ends
+        )
         rest = [*tensors[4 : 4 + len(more_longs)], *tensors[7 + len(more_longs) :]]
         return StepInputs(token_ids, sampled_rows, positions, metadata), rest
 

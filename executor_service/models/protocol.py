@@ -23,7 +23,9 @@ class ExecutorModel(Protocol):
     checkpoint holds, `tie_weights()`, `fuse_decoder() -> bool` to run faster than its stock modules from then on
     (False: it cannot), `tower_graphs` whose `capturing` block captures runs of a few tiles, and
     `positions(prompt_token_ids, items) -> (positions, decode_delta)` where positions are not simply counted: int64 [n]
-    or [axes, n], and what is added to the number of an output token.
+    or [axes, n], and what is added to the number of an output token; and `bidirectional_spans(items) -> [(begin, end)]`
+    where tokens also see later ones, all those of their span. A span lies within one item's placeholder range, a layer's
+    sliding window holds in it as elsewhere, and it is computed in one step.
     """
 
     def get_input_embeddings(self) -> nn.Module:
@@ -74,8 +76,9 @@ def check_model_class(cls: type, tensor_names: Iterable[str]) -> None:
     for method in ("get_input_embeddings", "embed_multimodal", "forward", "compute_logits"):
         if not callable(getattr(cls, method, None)):
             raise TypeError(f"{cls.__name__} lacks the method {method} of the executor model protocol")
-    if hasattr(cls, "bidirectional_spans"):
-        raise TypeError(f"{cls.__name__}.bidirectional_spans: bidirectional spans are not served yet")
+    spans = getattr(cls, "bidirectional_spans", None)
+    if spans is not None and not callable(spans):
+        raise TypeError(f"{cls.__name__}.bidirectional_spans is to be a method: (items) -> [(begin, end)]")
     parameters = _embed_parameters(cls)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return

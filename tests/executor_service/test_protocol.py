@@ -55,11 +55,11 @@ def test_any_keyword_is_fine() -> None:
     check_model_class(Open, ["anything"])
 
 
-def test_bidirectional_spans_are_refused() -> None:
+def test_bidirectional_spans_come_from_a_method() -> None:
     class Spans(Complete):
-        def bidirectional_spans(self, items): ...
+        bidirectional_spans = True
 
-    with pytest.raises(TypeError, match="bidirectional_spans"):
+    with pytest.raises(TypeError, match="Spans.bidirectional_spans is to be a method"):
         check_model_class(Spans, [])
 
 

@@ -29,9 +29,18 @@ FEATURE_ID = 99
 
 
 def make_request(
-    number: int, prompt: int, output: int, contents: list[str | None], variant: int = 0, priority: int = 0
+    number: int,
+    prompt: int,
+    output: int,
+    contents: list[str | None],
+    variant: int = 0,
+    priority: int = 0,
+    has_spans: bool = False,
 ) -> Request:
-    """Prompts of one variant begin alike; items stand behind each other from token 5 on, while they fit."""
+    """Prompts of one variant begin alike; items stand behind each other from token 5 on, while they fit.
+
+    With spans an item's tokens see each other, all but its last.
+    """
     token_ids = [index % 3 + 10 * (variant if index > 9 else 0) for index in range(prompt)]
     items, at = [], 5
     for content in contents:
@@ -42,7 +51,10 @@ def make_request(
             items.append(EngineItem(PlaceholderRange(at, length), "image", layout, {}, content_digest=digest))
             token_ids[at : at + length] = [FEATURE_ID] * length
             at += length + 2
-    return Request(number, token_ids, items, SamplingParams(max_tokens=output), MAX_LEN, priority)
+    request = Request(number, token_ids, items, SamplingParams(max_tokens=output), MAX_LEN, priority)
+    if has_spans:
+        request.spans = [(item.placeholder.offset, item.placeholder.end - 1) for item in items]
+    return request
 
 
 def extend_dependencies(found: list[bytes], request: Request, end: int) -> None:
@@ -54,6 +66,8 @@ def extend_dependencies(found: list[bytes], request: Request, end: int) -> None:
         for item in request.items_between(index, index + 1):
             hasher.update(item.content_digest or f"private to {request.request_id}".encode())
             hasher.update(bytes([index - item.placeholder.offset]))
+        for first, last in request.spans_between(index, index + 1):
+            hasher.update(f"sees {first} to {last}".encode())
         found.append(hasher.digest())
 
 
@@ -85,9 +99,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         contents=st.lists(st.sampled_from(list(CONTENTS)), max_size=3),
         variant=st.integers(0, 2),
         priority=st.sampled_from([0, 0, 0, 1, -1]),
+        has_spans=st.booleans(),
     )
-    def arrive(self, prompt: int, output: int, contents: list[str | None], variant: int, priority: int) -> None:
-        request = make_request(self.num_made, prompt, output, contents, variant, priority)
+    def arrive(
+        self, prompt: int, output: int, contents: list[str | None], variant: int, priority: int, has_spans: bool
+    ) -> None:
+        request = make_request(self.num_made, prompt, output, contents, variant, priority, has_spans)
         self.num_made += 1
         self.live[request.request_id] = request
         self.scheduler.add(request)
@@ -139,6 +156,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for item in request.items_between(start, end):
             assert item.encoded.num_users
             assert item.features == item.content_digest
+        assert not any(last > end for _, last in request.spans_between(start, end)), "a span is cut"
         expected = self.depends[request.request_id]
         extend_dependencies(expected, request, end)
         places = [request.block_table[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in range(end)]
@@ -249,11 +267,13 @@ def test_the_least_urgent_is_preempted() -> None:
     assert [request.num_preemptions > 0 for request in requests] == [False, True, False]
 
 
-def test_two_large_items_take_turns_in_a_small_cache() -> None:
+@pytest.mark.parametrize("has_spans", [False, True])
+def test_two_large_items_take_turns_in_a_small_cache(has_spans: bool) -> None:
     """Room for one: nobody waits for somebody who waits for him."""
     scheduler = make_scheduler(num_blocks=60, capacity=14)
     for number in range(6):
-        scheduler.add(make_request(number, 40, 3, ["elk", "dog"] if number % 2 else ["fox", "elk"], number % 3))
+        contents = ["elk", "dog"] if number % 2 else ["fox", "elk"]
+        scheduler.add(make_request(number, 40, 3, contents, number % 3, has_spans=has_spans))
     assert sorted(run_to_the_end(scheduler, 300)) == list(range(6))
 
 

@@ -10,6 +10,9 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 from transformers import (
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -17,6 +20,7 @@ from transformers import (
     Qwen2AudioEncoderConfig,
     Qwen2AudioForConditionalGeneration,
     Qwen2Config,
+    SiglipVisionConfig,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
 )
@@ -70,6 +74,32 @@ def make_video_llava(path: Path, num_frames: int = 3) -> Path:
     write_checkpoint(path, config, VideoLlavaForConditionalGeneration, ("<video>",))
     write_json(path / "preprocessor_config.json", processor_config("clip", 56))
     write_json(path / "video_preprocessor_config.json", {"num_frames": num_frames})
+    return path
+
+
+def make_gemma3(path: Path, sliding_window: int = 24) -> Path:
+    """SigLIP tiles of 56 pixels, whose 16 features see each other; the first of two layers has the window.
+
+    Token 3 stands for a picture, and 320 and 321 frame it.
+    """
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=56,
+            patch_size=14,
+        ).to_dict(),
+        text_config=Gemma3TextConfig(
+            **DECODER, head_dim=16, query_pre_attn_scalar=16, sliding_window=sliding_window,
+            layer_types=["sliding_attention", "full_attention"],
+        ).to_dict(),
+        mm_tokens_per_image=16,
+        image_token_index=3,
+        boi_token_index=NUM_TOKENS,
+        eoi_token_index=NUM_TOKENS + 1,
+        tie_word_embeddings=False,
+        architectures=["Gemma3ForConditionalGeneration"],
+    )  # fmt: skip
+    write_checkpoint(path, config, Gemma3ForConditionalGeneration, ("<start_of_image>", "<end_of_image>"))
+    write_json(path / "preprocessor_config.json", processor_config("siglip", 56))
     return path
 
 
