@@ -19,11 +19,11 @@ _STREAMED_DIMS: Final = (64, 128)
 _MAX_DIM: Final = 256
 _HEADS_PER_PASS: Final = 8
 _MAX_ITEMS: Final = 1 << 16
-_MAX_LEAVES: Final = 16
-_ROUNDS: Final = 5
+_MAX_TILES: Final = 32
+"""Of a chunk."""
 _GENERAL_THREADS: Final = 256
 _POINTERS: Final = (POINTER,) * 6
-_STREAM_TYPES: Final = (*_POINTERS, POINTER, INT, INT, INT, INT, INT, FLOAT, FLOAT, INT, INT, INT, INT)
+_STREAM_TYPES: Final = (*_POINTERS, POINTER, *(INT,) * 6, FLOAT, FLOAT, INT, INT, INT)
 _GENERAL_TYPES: Final = (*_POINTERS, INT, INT, INT, INT, INT, FLOAT, FLOAT, INT)
 
 
@@ -44,6 +44,10 @@ def paged_decode_attention(
     valid block; the query of request b is the last of its `seq_lens[b]` (int32) tokens in the cache and sees all of
     them, or the last `sliding_window` (0: none). `softcap` 0: none, else scores become `softcap * tanh(score /
     softcap)`. A request of length 0 gets zeros.
+
+    On a GPU, all but `query`, `out` and the rows of each request's last token is read before the kernel launched before
+    has ended: what writes `block_tables`, `seq_lens` and the other rows lies further back on the stream, with a copy or
+    a kernel that does not begin early (`is_dependent`) behind it.
     """
     PAGED_DECODE_ATTENTION(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, softcap, out)
 
@@ -81,30 +85,36 @@ def _cpu(
 
 @dataclass(frozen=True)
 class Variant:
-    """How the streaming kernel is built and launched: warps of a block, tiles that its copies run ahead, blocks."""
+    """How the streaming kernel is built and launched; see csrc/paged_decode_attention_stream.cuh."""
 
     num_warps: int
+    """That compute, each 16 tokens of a tile."""
     num_stages: int
+    """Tiles that copies run ahead."""
     blocks_each: int
     """Blocks per multiprocessor."""
-    max_lanes: int = 4
-    """Neighbouring heads that are read at the same time, at most."""
+    least_shift: int = 2
+    most_bits: int = 4
+    """A request's chunks are of 2^`least_shift` tiles at least, and 2^`most_bits` in number as far as that goes."""
 
     def shared_bytes(self, head_dim: int) -> int:
-        """As the kernel lays it out: keys and values, queries, two tiles of scores."""
-        tile, row = 16 * self.num_warps, 2 * head_dim
-        return self.num_stages * (2 * tile + _HEADS_PER_PASS) * row + 2 * _HEADS_PER_PASS * (tile + 8) * 4
+        """The ring of keys and values."""
+        return self.num_stages * self.num_warps * 2 * 16 * 2 * head_dim
+
+    def max_chunks(self, num_tokens: int) -> int:
+        """Of a request of at most so many tokens."""
+        tiles = -(-num_tokens // (16 * self.num_warps))
+        return max(1, min(tiles, 1 << self.most_bits), -(-tiles // _MAX_TILES))
 
 
 @dataclass(frozen=True)
-class _Launch:
+class _Stream:
     kernel: Kernel
-    grid: tuple[int]
-    num_threads: int
-    split: tuple[int, int, int]
-    """Multiprocessors, lanes, and 2^32 / blocks of a lane: see the kernel's plan."""
-    num_partials: int
-    """Floats that the kernel needs for partial results."""
+    variant: Variant
+    num_passes: int
+    num_blocks: int
+    partial_size: int
+    """Floats of a unit's partial result."""
 
 
 def launch(
@@ -132,10 +142,13 @@ def launch(
     pointers = (query.contiguous(), k_cache, v_cache, block_tables, seq_lens, out)
     if _is_streamed(query.dtype, batch, num_heads, num_kv_heads, head_dim, block_size):
         stream = _streaming(query.dtype, num_heads, num_kv_heads, head_dim, query.device.index, variant)
-        partials = torch.empty(stream.num_partials, dtype=torch.float32, device=query.device)
+        built = stream.variant
+        num_units = batch * stream.num_passes * built.max_chunks(block_tables.shape[1] * block_size)
+        partials = torch.empty(num_units * stream.partial_size, dtype=torch.float32, device=query.device)
         stream.kernel(
-            stream.grid, stream.num_threads, *pointers, partials, batch, num_heads, num_kv_heads,
-            block_size.bit_length() - 1, block_tables.stride(0), *factors, sliding_window, *stream.split,
+            (min(stream.num_blocks, num_units),), 32 * (built.num_warps + 1), *pointers, partials, batch, num_kv_heads,
+            num_heads // num_kv_heads, stream.num_passes, block_size.bit_length() - 1, block_tables.stride(0), *factors,
+            sliding_window, built.least_shift, built.most_bits,
         )  # fmt: skip
     else:
         _general(query.dtype, head_dim)(
@@ -157,22 +170,14 @@ def _is_streamed(
 @cache
 def _streaming(
     dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, device: int, variant: Variant | None = None
-) -> _Launch:
+) -> _Stream:
     variant = variant or _variant(head_dim, device)
-    processors = num_multiprocessors(device)
     name = f"paged_decode_attention_{dtype_name(dtype)}_{head_dim}_{variant.num_warps}_{variant.num_stages}"
     launch = kernel("paged_decode_attention", name, _STREAM_TYPES, variant.shared_bytes(head_dim), is_dependent=True)
-    blocks, group = processors * variant.blocks_each, num_heads // num_kv_heads
+    group = num_heads // num_kv_heads
     passes = num_kv_heads * -(-group // _HEADS_PER_PASS)
-    lanes = math.gcd(math.gcd(passes, processors), variant.max_lanes)
-    step = -(-(1 << 32) * lanes // blocks)
-    partials = _ROUNDS * blocks * (_MAX_LEAVES + 1) * min(_HEADS_PER_PASS, group) * (head_dim + 4)
-    return _Launch(launch, (blocks,), 32 * variant.num_warps, (processors, lanes, _signed(step)), partials)
-
-
-def _signed(value: int) -> int:
-    """The same 32 bits."""
-    return (value + (1 << 31)) % (1 << 32) - (1 << 31)
+    blocks = num_multiprocessors(device) * variant.blocks_each
+    return _Stream(launch, variant, passes, blocks, min(_HEADS_PER_PASS, group) * (head_dim + 4))
 
 
 def _variant(head_dim: int, device: int) -> Variant:

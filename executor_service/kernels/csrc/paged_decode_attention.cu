@@ -11,11 +11,11 @@ template <typename T>
 __device__ __forceinline__ void attend_head(const Inputs<T>& in, int head_dim, int block_size) {
     __shared__ float parts[kGeneralWarps][32 * kMaxParts], maxima[kGeneralWarps], sums[kGeneralWarps];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, request = blockIdx.x, head = blockIdx.y;
-    const int length = in.lengths[request], kv_head = head / (in.num_heads / in.num_kv_heads);
+    const int length = in.lengths[request], kv_head = head / in.group;
     const int start = in.window > 0 && length > in.window ? length - in.window : 0;
     const int* table = in.block_tables + static_cast<long long>(request) * in.table_stride;
     const long long row_size = static_cast<long long>(in.num_kv_heads) * head_dim;
-    const long long at = (static_cast<long long>(request) * in.num_heads + head) * head_dim;
+    const long long at = (static_cast<long long>(request) * in.num_heads() + head) * head_dim;
     float query[kMaxParts], sum_of_values[kMaxParts] = {}, maximum = lowest(), sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kMaxParts; ++i)
@@ -80,22 +80,22 @@ __device__ __forceinline__ void attend_head(const Inputs<T>& in, int head_dim, i
         int window) {                                                                                                \
         let_next_begin();                                                                                            \
         wait_for_previous();                                                                                         \
-        attend_head<T>({query, keys, values, block_tables, lengths, out, nullptr, 0, num_heads, num_kv_heads, 0,     \
-                        table_stride, scale, softcap, window, 0, 1, 0},                                              \
+        attend_head<T>({query, keys, values, block_tables, lengths, out, nullptr, 0, num_kv_heads,                   \
+                        num_heads / num_kv_heads, 0, 0, table_stride, scale, softcap, window, 0, 0},                 \
                        head_dim, block_size);                                                                        \
     }
 FOR_EACH_DTYPE(GENERAL)
 
 
 #define STREAMING(NAME, T, DIM, WARPS, STAGES)                                                                       \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS)                                                         \
+    extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1))                                                   \
         paged_decode_attention_##NAME##_##DIM##_##WARPS##_##STAGES(                                                  \
             const T* query, const T* keys, const T* values, const int* block_tables, const int* lengths, T* out,     \
-            float* partials, int batch, int num_heads, int num_kv_heads, int block_shift, int table_stride,          \
-            float scale, float softcap, int window, int num_processors, int num_lanes, int step) {                   \
-        stream<T, DIM, WARPS, STAGES>({query, keys, values, block_tables, lengths, out, partials, batch, num_heads,  \
-                                       num_kv_heads, block_shift, table_stride, scale, softcap, window,              \
-                                       num_processors, num_lanes, static_cast<unsigned>(step)});                     \
+            float* partials, int batch, int num_kv_heads, int group, int passes, int block_shift, int table_stride,  \
+            float scale, float softcap, int window, int least_shift, int most_bits) {                                \
+        stream<T, DIM, WARPS, STAGES>({query, keys, values, block_tables, lengths, out, partials, batch,             \
+                                       num_kv_heads, group, passes, block_shift, table_stride, scale, softcap,       \
+                                       window, least_shift, most_bits});                                             \
     }
 #define DIMS(NAME, T)             \
     STREAMING(NAME, T, 64, 4, 2)  \

@@ -3,20 +3,25 @@
 
 #include "numbers.cuh"
 
+constexpr unsigned kAllLanes = 0xffffffffu;
+
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     unsigned long long address;
     asm("cvta.to.shared.u64 %0, %1;" : "=l"(address) : "l"(pointer));
     return static_cast<unsigned>(address);
 }
 
-// Copies 16 bytes past the L1 cache, or writes zeros if not `is_there`: then nothing is read.
-__device__ __forceinline__ void copy_async(unsigned to, const void* from, bool is_there) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-                 ::"r"(to), "l"(from), "r"(is_there ? 16 : 0) : "memory");
+// For data that is read once: it leaves the L2 cache first.
+__device__ __forceinline__ unsigned long long read_once_policy() {
+    unsigned long long policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
 }
 
-__device__ __forceinline__ void copy_word_async(unsigned to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+// Copies 16 bytes past the L1 cache, or writes zeros if not `is_there`: then nothing is read.
+__device__ __forceinline__ void copy_async(unsigned to, const void* from, bool is_there, unsigned long long policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;"
+                 ::"r"(to), "l"(from), "r"(is_there ? 16 : 0), "l"(policy) : "memory");
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -26,37 +31,45 @@ template <int kPending> __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void load_matrices(unsigned (&to)[4], unsigned row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(row));
+__device__ __forceinline__ void load_shared(unsigned (&to)[4], unsigned from) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
 }
 
+// Four 8x8 matrices of 16-bit elements, transposed; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices_transposed(unsigned (&to)[4], unsigned row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(row));
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(row) : "memory");
+}
+
+// An 8x8 matrix of 16-bit elements whose rows four lanes each hold.
+__device__ __forceinline__ unsigned transposed(unsigned pair) {
+    unsigned other;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(other) : "r"(pair));
+    return other;
 }
 
 // sum [16, 8] += a [16, 16] * b [16, 8].
 template <typename T>
-__device__ __forceinline__ void multiply_add(float (&sum)[4], const unsigned (&a)[4], unsigned b_low, unsigned b_high);
+__device__ __forceinline__ void multiply_add(
+    float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b_low, unsigned b_high);
 
 template <>
 __device__ __forceinline__ void multiply_add<bfloat16>(
-    float (&sum)[4], const unsigned (&a)[4], unsigned b_low, unsigned b_high) {
+    float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b_low, unsigned b_high) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b_low), "r"(b_high));
 }
 
 template <>
 __device__ __forceinline__ void multiply_add<float16>(
-    float (&sum)[4], const unsigned (&a)[4], unsigned b_low, unsigned b_high) {
+    float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b_low, unsigned b_high) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b_low), "r"(b_high));
 }
 
 template <typename T> __device__ __forceinline__ unsigned pair_of(float low, float high);
@@ -73,17 +86,23 @@ template <> __device__ __forceinline__ unsigned pair_of<float16>(float low, floa
     return pair;
 }
 
-// What other blocks have written, past the L1 cache.
-template <int kCount> __device__ __forceinline__ Pack<float, kCount> load_past_l1(const float* from) {
-    Pack<float, kCount> to;
-    if constexpr (kCount == 4)
-        asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(to.elements[0]), "=f"(to.elements[1]), "=f"(to.elements[2]), "=f"(to.elements[3])
-                     : "l"(from));
-    else if constexpr (kCount == 2)
-        asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(to.elements[0]), "=f"(to.elements[1]) : "l"(from));
-    else
-        asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(to.elements[0]) : "l"(from));
+// Loads past the L1 cache: of what others have written since this kernel began, or before it.
+__device__ __forceinline__ int load_past_l1(const int* from) {
+    int to;
+    asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(to) : "l"(from) : "memory");
+    return to;
+}
+
+__device__ __forceinline__ void load_past_l1(unsigned (&to)[4], const void* from) {
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from) : "memory");
+}
+
+__device__ __forceinline__ Pack<float, 4> load_past_l1(const float* from) {
+    Pack<float, 4> to;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(to.elements[0]), "=f"(to.elements[1]), "=f"(to.elements[2]), "=f"(to.elements[3])
+                 : "l"(from) : "memory");
     return to;
 }
 
@@ -103,19 +122,4 @@ __device__ __forceinline__ float tanh_of(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(exp2_of(2.8853900817779268f * x) + 1.0f));
     return 1.0f - 2.0f * y;
-}
-
-// Sums of exponentials relative to different maxima are added so, everywhere: the same numbers give the same bits,
-// wherever they are added.
-struct Fold {
-    float maximum, kept, added;
-
-    __device__ __forceinline__ Fold(float old_maximum, float new_maximum)
-        : maximum(fmaxf(old_maximum, new_maximum)),
-          kept(exp2_of(old_maximum - maximum)),
-          added(exp2_of(new_maximum - maximum)) {}
-};
-
-__device__ __forceinline__ float folded(float old_sum, float kept, float new_sum, float added) {
-    return __fmaf_rn(new_sum, added, __fmul_rn(old_sum, kept));
 }

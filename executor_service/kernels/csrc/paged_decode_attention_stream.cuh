@@ -1,370 +1,395 @@
 // The streaming kernel of paged_decode_attention: 16-bit caches, heads of 64 or 128, blocks of a power of two from 16 on.
 //
-// A persistent grid. Each block of threads walks over the tiles of its ranges (see the plan), which cross items and
-// ranges without a stop: copies run kStages tiles ahead, look-ups of block tables further still. A tile's scores are
-// keys x queries on the tensor cores, each warp for 16 tokens; through shared memory every warp sees them all and
-// multiplies them with its own part of the values' dimensions. Scores are made one tile ahead, so that one barrier a
-// tile is enough.
+// A persistent grid of several blocks of threads per multiprocessor, each with one unit after the other (see the units):
+// the first two by its own number, the others as they are asked for. A block's clerk, its last warp, finds units and says
+// which partial results are written; the other warps compute, and never wait for memory but for keys and values. Each
+// of them owns 16 tokens of every tile: it copies their keys and values to a ring of its own, kStages tiles ahead and into
+// the next unit, scores them, and adds up the values. Only at the end of a unit do the warps' sums meet.
+//
+// All but queries and the requests' newest tokens is read before the kernel before this one has ended.
 #pragma once
 
 #include "dependent.cuh"
+#include "early.cuh"
 #include "numbers.cuh"
 #include "paged_decode_attention.cuh"
-#include "paged_decode_attention_merge.cuh"
-#include "paged_decode_attention_plan.cuh"
-#include "paged_decode_attention_walk.cuh"
+#include "paged_decode_attention_clerk.cuh"
+#include "paged_decode_attention_units.cuh"
 
 namespace {
 
 // Everything that follows from the shape of a head and the size of a tile.
 template <int kDim, int kWarps, int kStages> struct Shape {
-    static constexpr int kThreads = 32 * kWarps, kTile = 16 * kWarps;
-    static constexpr int kRowChunks = kDim / 8;  // of 16 bytes in a row
-    static constexpr int kRowBytes = 2 * kDim, kTileBytes = kTile * kRowBytes, kQueryBytes = kHeads * kRowBytes;
-    static constexpr int kRowStep = 32 / kRowChunks;    // rows that a warp copies at once
-    static constexpr int kSlices = kDim / kWarps / 16;  // of 16 dimensions, per warp
-    static constexpr int kScoreStride = kTile + 8;
-    static constexpr int kKeys = 0, kValues = kStages * kTileBytes, kQueries = 2 * kStages * kTileBytes;
-    static constexpr int kScores = kQueries + kStages * kQueryBytes;
-    static_assert(kSlices >= 1 && 2 * kStages < kPlaces && kWarps > 1);
+    static constexpr int kTile = 16 * kWarps;
+    static constexpr int kRowChunks = kDim / 8, kRowBytes = 2 * kDim;  // chunks of 16 bytes
+    static constexpr int kRowStep = 32 / kRowChunks;                   // rows that a warp copies at once
+    static constexpr int kSlot = 16 * kRowBytes;  // keys, or values, of a warp's tokens of a tile
+    static constexpr int kRing = kStages * 2 * kSlot;
+    static_assert(kSlot == kHeads * kDim * 4);  // a slot has room for a warp's sums, too
 };
 
-// Where a 16-byte chunk of a row lies: rows that are read together must not lie on the same banks.
-__device__ __forceinline__ unsigned row_chunk(unsigned base, int row, int row_bytes, int chunk) {
-    return base + row * row_bytes + ((chunk ^ (row & 7)) << 4);
-}
+// Rows of 16 tokens in a cache: they begin at element `at`, and those in [begin, end) are seen.
+struct Rows {
+    long long at;
+    int begin, end;
+
+    __device__ __forceinline__ bool are_seen() const { return begin < 16 && end > 0; }
+
+    __device__ __forceinline__ bool are_whole() const { return begin <= 0 && end >= 16; }
+
+    __device__ __forceinline__ bool have_newest() const { return end > 0 && end <= 16; }
+};
+
+// In shared memory a row's chunks change places, so that neither eight rows' chunks of one number lie on the same banks,
+// nor four chunks that stand together in two neighbouring rows.
+__device__ __forceinline__ constexpr int place_of(int row) { return (row & 1) << 2 | (row >> 1 & 3); }
+
+// Four dimensions of values, weighted by exponentials relative to `maximum`, and the sum of the weights.
+struct Total {
+    Pack<float, 4> values{};
+    float maximum = lowest(), sum = 0.0f;
+
+    // What is added is relative to a maximum of its own; nothing, where that is the lowest number.
+    __device__ __forceinline__ void add(const Pack<float, 4>& other, float other_maximum, float other_sum) {
+        const float higher = fmaxf(maximum, other_maximum), zero = higher == lowest() ? 0.0f : higher;
+        const float kept = exp2_of(maximum - zero), added = exp2_of(other_maximum - zero);
+        maximum = higher;
+        sum = __fmaf_rn(other_sum, added, __fmul_rn(sum, kept));
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            values.elements[e] = __fmaf_rn(other.elements[e], added, __fmul_rn(values.elements[e], kept));
+    }
+};
 
 template <typename T, int kDim, int kWarps, int kStages> struct Decoder {
     using S = Shape<kDim, kWarps, kStages>;
-    using M = Merge<T, kDim, kWarps>;
+    static constexpr int kMergedAtOnce = 8;
+    static constexpr int kPartial = kDim + 4;  // floats of one head's partial result: sums, maximum, sum, two unused
 
     const Inputs<T>& in;
-    unsigned shared;
-    float* scores;
-    const Place* places;
-    const int (*blocks)[kWarps];  // of each 16 tokens
-    Pending* pending;
-    Walk<T, S::kTile> walk;
-    M merge;
+    Board<kWarps>& board;
+    unsigned char* memory;
+    unsigned ring;  // this warp's
+    unsigned long long policy;
     int thread, lane, warp;
 
-    // Sums over values, in fragments [dimension, head], and the maxima and sums of head lane / 4.
-    float leaf[S::kSlices][4], item[S::kSlices][4];
-    float leaf_max, leaf_sum, item_max, item_sum;
-    unsigned queries[kDim / 16][2];
+    // Sums over values, [dimension, head]: as the tensor cores have them, of heads 2 * (lane % 4) and the next one. So are
+    // the maxima; `sums` only of this lane's tokens.
+    float values[kDim / 16][4], maxima[2], sums[2];
+    unsigned queries[kDim / 32][4];  // of head lane / 4, chunks 4 * i + lane % 4
 
-    // The first warp looks up tile `number`.
-    __device__ __forceinline__ void look_up(int number) {
-        if (warp == 0) walk.look_up(number);
+    __device__ __forceinline__ Rows rows_of(int number, int tile) const {
+        const Unit& unit = board.unit(number);
+        if (tile >= unit.tiles) return {0, 0, 0};
+        const int token = unit.token + tile * S::kTile + 16 * warp, row_size = in.num_kv_heads * kDim;
+        const int in_block = token & ((1 << in.block_shift) - 1);
+        const long long block = board.blocks_of(number, warp)[tile];
+        return {block * (row_size << in.block_shift) + in_block * row_size + unit.kv_head * kDim, unit.start - token,
+                unit.length - token};
     }
 
-    // Starts to copy this warp's 16 rows of tile `number`; those that the query does not see become zeros. Neighbouring
-    // lanes write neighbouring chunks: it is what they read that is in another order.
-    __device__ __forceinline__ void copy_rows(const T* cache, unsigned to, int number) const {
-        const Place& of = places[number % kPlaces];
-        const int row_size = in.num_kv_heads * kDim, row0 = lane / S::kRowChunks, place = lane % S::kRowChunks;
-        const int in_block = (of.token + 16 * warp) & ((1 << in.block_shift) - 1);
-        const T* rows = cache +
-                        static_cast<long long>(blocks[number % kPlaces][warp]) * (row_size << in.block_shift) +
-                        (in_block + row0) * row_size + of.kv_head * kDim;
-        const int begin = of.begin - 16 * warp - row0, end = of.end - 16 * warp - row0;
-        to += (16 * warp + row0) * S::kRowBytes + place * 16;
-        if (begin <= -row0 && end >= 16 - row0) {
+    // Of the tile that is to be computed kStages steps after `step`.
+    __device__ __forceinline__ Rows rows_ahead(int number, int step, int steps) const {
+        const int ahead = step + kStages;
+        return ahead < steps ? rows_of(number, ahead) : rows_of(number + 1, ahead - steps);
+    }
+
+    // Starts to copy rows to a slot; those that are not seen become zeros.
+    __device__ __forceinline__ void copy(const T* cache, const Rows& rows, unsigned to) const {
+        if (!rows.are_seen()) return;
+        const int row_size = in.num_kv_heads * kDim, row = lane / S::kRowChunks, chunk = lane % S::kRowChunks;
+        const T* from = cache + rows.at + row * row_size + chunk * 8;
+        to += row * S::kRowBytes + ((chunk ^ place_of(row)) << 4);
+        if (rows.are_whole()) {
 #pragma unroll
             for (int i = 0; i < 16; i += S::kRowStep)
-                copy_async(to + i * S::kRowBytes, rows + i * row_size + (place ^ ((row0 + i) & 7)) * 8, true);
+                copy_async((to ^ (place_of(i) << 4)) + i * S::kRowBytes, from + i * row_size, true, policy);
         } else {
 #pragma unroll 1
             for (int i = 0; i < 16; i += S::kRowStep)
-                copy_async(to + i * S::kRowBytes, rows + i * row_size + (place ^ ((row0 + i) & 7)) * 8,
-                           i >= begin && i < end);
+                copy_async((to ^ (place_of(i) << 4)) + i * S::kRowBytes, from + i * row_size,
+                           row + i >= rows.begin && row + i < rows.end, policy);
         }
     }
 
-    __device__ __forceinline__ void copy_query(unsigned to, const Place& of) const {
-        const int heads = merge.heads_of(of);
-        const T* from = in.query + (static_cast<long long>(of.request) * in.num_heads + of.head) * kDim;
-#pragma unroll
-        for (int i = 0; i < kHeads * S::kRowChunks; i += S::kThreads) {
-            const int head = (i + thread) / S::kRowChunks, chunk = thread % S::kRowChunks;
-            if (kHeads * S::kRowChunks < S::kThreads && head >= kHeads) break;
-            copy_async(row_chunk(to, head, S::kRowBytes, chunk), from + (head < heads ? head * kDim + chunk * 8 : 0),
-                       head < heads);
-        }
-    }
-
-    // Starts copies `number`, keys of that tile and values of the one before it, to `stage` and to the one before that.
-    __device__ __forceinline__ void copy(int number, int stage, int stage_before) const {
-        const Place& of = places[number % kPlaces];
-        if (of.range >= 0) {
-            copy_rows(in.keys, shared + S::kKeys + stage * S::kTileBytes, number);
-            if (of.is(kBeginsItem | kBeginsRange)) copy_query(shared + S::kQueries + stage * S::kQueryBytes, of);
-        }
-        if (number > 0 && places[(number - 1) % kPlaces].range >= 0)
-            copy_rows(in.values, shared + S::kValues + stage_before * S::kTileBytes, number - 1);
-        commit_copies();
-    }
-
-    // The first copies, once all of their blocks are known.
-    __device__ __forceinline__ void begin(int first_range) {
-        walk.begin(first_range);
+    // The first copies, and queries: what the kernel before may write, the newest tokens' rows among it, only once that
+    // has ended. So much is on its way then that those rows may be waited for.
+    __device__ __forceinline__ void fill() {
+        const int steps = max(board.unit(0).tiles, kStages);
+        bool is_any_late = false;
 #pragma unroll 1
-        for (int i = 0; i < 2 * kStages - 1; ++i) look_up(i);
+        for (int i = 0; i < 2 * kStages; ++i) {
+            if (i == kStages) {
+                wait_for_previous();
+                load_queries(0);
+            }
+            const bool is_late = i >= kStages;
+            const int stage = is_late ? i - kStages : i;
+            Rows rows = rows_ahead(0, stage - kStages, steps);
+            if (rows.have_newest() && !is_late) bring_near(rows);
+            if (rows.have_newest() != is_late) rows = {0, 0, 0};
+            is_any_late |= is_late && rows.are_seen();
+            copy(in.keys, rows, ring + stage * 2 * S::kSlot);
+            if (!is_late) commit_copies();
+            copy(in.values, rows, ring + stage * 2 * S::kSlot + S::kSlot);
+            if (!is_late) commit_copies();
+        }
+        if (!is_any_late) return;
         commit_copies();
         wait_for_copies<0>();
-        __syncthreads();
-#pragma unroll 1
-        for (int i = 0; i < kStages; ++i) copy(i, i, i - 1);
     }
 
-    // Scores of tile `number`, this warp's 16 tokens against all heads.
-    __device__ __forceinline__ void score(int number, int stage) {
-        if (places[number % kPlaces].is(kBeginsItem | kBeginsRange)) {
-            const unsigned from = shared + S::kQueries + stage * S::kQueryBytes;
-#pragma unroll
-            for (int i = 0; i < kDim / 32; ++i) {
-                unsigned four[4];
-                load_matrices(four, row_chunk(from, lane % 8, S::kRowBytes, 4 * i + lane / 8));
-                queries[2 * i][0] = four[0], queries[2 * i][1] = four[1];
-                queries[2 * i + 1][0] = four[2], queries[2 * i + 1][1] = four[3];
-            }
-        }
-        const unsigned from = shared + S::kKeys + stage * S::kTileBytes;
-        const int row = 16 * warp + lane % 16;
-        float sums[2][4] = {};
-#pragma unroll
-        for (int i = 0; i < kDim / 16; ++i) {
-            unsigned keys[4];
-            load_matrices(keys, row_chunk(from, row, S::kRowBytes, 2 * i + lane / 16));
-            multiply_add<T>(sums[i % 2], keys, queries[i][0], queries[i][1]);
-        }
-        float* to = scores + (number % 2) * kHeads * S::kScoreStride + 2 * (lane % 4) * S::kScoreStride + 16 * warp +
-                    lane / 4;
-        to[0] = sums[0][0] + sums[1][0];
-        to[S::kScoreStride] = sums[0][1] + sums[1][1];
-        to[8] = sums[0][2] + sums[1][2];
-        to[S::kScoreStride + 8] = sums[0][3] + sums[1][3];
+    __device__ __forceinline__ void bring_near(const Rows& rows) const {
+        const long long at = rows.at + lane / 2 * (in.num_kv_heads * kDim) + lane % 2 * (kDim / 2);
+        ::bring_near(in.keys + at);
+        ::bring_near(in.values + at);
     }
 
-    // Adds tile `number` to the leaf's sums.
-    __device__ __forceinline__ void attend(int number, int stage, const Place& place) {
-        float p[2 * kWarps][2], factor = in.scale;
-        const float* row = scores + ((number % 2) * kHeads + lane / 4) * S::kScoreStride + 2 * (lane % 4);
+    __device__ __forceinline__ void load_queries(int number) {
+        const Unit& unit = board.unit(number);
+        const T* from = in.query + (static_cast<long long>(unit.request) * in.num_heads() + unit.head + lane / 4) * kDim +
+                        lane % 4 * 8;
+        const bool is_there = lane / 4 < unit.heads;
 #pragma unroll
-        for (int i = 0; i < 2 * kWarps; ++i) p[i][0] = row[8 * i], p[i][1] = row[8 * i + 1];
+        for (int i = 0; i < kDim / 32; ++i) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) queries[i][e] = 0;
+            if (is_there) load_past_l1(queries[i], from + 32 * i);
+        }
+    }
+
+    // Scores of 16 tokens: those of tokens lane / 4 and, from 2 on, lane / 4 + 8.
+    __device__ __forceinline__ void score(unsigned slot, float (&scores)[4]) const {
+        const int row = lane / 4;
+        const unsigned from = slot + row * S::kRowBytes + ((lane % 4 ^ place_of(row)) << 4);
+        float others[4] = {};
+#pragma unroll
+        for (int i = 0; i < kDim / 32; ++i) {
+            unsigned upper[4], lower[4];
+            load_shared(upper, from ^ (i << 6));
+            load_shared(lower, (from ^ (i << 6)) + 8 * S::kRowBytes);
+            multiply_add<T>(scores, upper[0], lower[0], upper[1], lower[1], queries[i][0], queries[i][1]);
+            multiply_add<T>(others, upper[2], lower[2], upper[3], lower[3], queries[i][2], queries[i][3]);
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) scores[e] += others[e];
+    }
+
+    // Scores become exponentials relative to the maximum so far, to which the sums are brought, too.
+    __device__ __forceinline__ void weigh(float (&scores)[4], const Rows& rows) {
+        float factor = in.scale, higher[2];
         if (in.softcap > 0.0f) {
             factor = in.softcap;
 #pragma unroll
-            for (int i = 0; i < 2 * kWarps; ++i)
-                p[i][0] = tanh_of(p[i][0] * in.scale), p[i][1] = tanh_of(p[i][1] * in.scale);
+            for (int e = 0; e < 4; ++e) scores[e] = tanh_of(scores[e] * in.scale);
         }
-        if (place.begin > 0 || place.end < S::kTile) {
+        if (!rows.are_whole()) {
 #pragma unroll
-            for (int i = 0; i < 2 * kWarps; ++i)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const int token = 8 * i + 2 * (lane % 4) + e;
-                    if (token < place.begin || token >= place.end) p[i][e] = lowest();
-                }
-        }
-        start_tile(p, factor, place.is(kBeginsLeaf));
-        const unsigned values = shared + S::kValues + stage * S::kTileBytes;
-#pragma unroll
-        for (int i = 0; i < kWarps; ++i) {
-            const unsigned low = pair_of<T>(p[2 * i][0], p[2 * i][1]);
-            const unsigned high = pair_of<T>(p[2 * i + 1][0], p[2 * i + 1][1]);
-#pragma unroll
-            for (int s = 0; s < S::kSlices; ++s) {
-                unsigned part[4];
-                const int token = 16 * i + lane / 16 * 8 + lane % 8;
-                const int chunk = 2 * (warp * S::kSlices + s) + lane / 8 % 2;
-                load_matrices_transposed(part, row_chunk(values, token, S::kRowBytes, chunk));
-                multiply_add<T>(leaf[s], part, low, high);
+            for (int e = 0; e < 4; ++e) {
+                const int row = lane / 4 + e / 2 * 8;
+                if (row < rows.begin || row >= rows.end) scores[e] = lowest();
             }
         }
-    }
-
-    // Scores become exponentials relative to the leaf's maximum so far, to which the sums are brought, too.
-    __device__ __forceinline__ void start_tile(float (&p)[2 * kWarps][2], float factor, bool begins_leaf) {
-        float maximum = lowest();
 #pragma unroll
-        for (int i = 0; i < 2 * kWarps; ++i) maximum = fmaxf(maximum, fmaxf(p[i][0], p[i][1]));
-        maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 1));
-        maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 2)) * factor;
-        if (begins_leaf) {
-            leaf_max = maximum;
-            leaf_sum = 0.0f;
+        for (int e = 0; e < 2; ++e) {
+            higher[e] = fmaxf(scores[e], scores[e + 2]);
 #pragma unroll
-            for (int s = 0; s < S::kSlices; ++s)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) leaf[s][e] = 0.0f;
-        } else {
-            const Fold fold(leaf_max, maximum);
-            leaf_max = fold.maximum;
-            leaf_sum *= fold.kept;
-            float kept[2];
-            spread(fold.kept, kept);
-#pragma unroll
-            for (int s = 0; s < S::kSlices; ++s)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) leaf[s][e] *= kept[e % 2];
+            for (int offset = 4; offset < 32; offset *= 2)
+                higher[e] = fmaxf(higher[e], __shfl_xor_sync(kAllLanes, higher[e], offset));
+            higher[e] = fmaxf(higher[e] * factor, maxima[e]);
         }
-#pragma unroll
-        for (int i = 0; i < 2 * kWarps; ++i)
+        if (__any_sync(kAllLanes, higher[0] > maxima[0] || higher[1] > maxima[1])) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                p[i][e] = exp2_of(__fmaf_rn(p[i][e], factor, -leaf_max));
-                leaf_sum += p[i][e];
+                const float kept = exp2_of(maxima[e] - higher[e]);
+                maxima[e] = higher[e];
+                sums[e] *= kept;
+#pragma unroll
+                for (int i = 0; i < kDim / 16; ++i) values[i][e] *= kept, values[i][e + 2] *= kept;
             }
-    }
-
-    // From a value of head lane / 4 to those of the two heads whose sums this lane holds.
-    __device__ __forceinline__ void spread(float value, float (&to)[2]) const {
-        to[0] = __shfl_sync(0xffffffffu, value, lane % 4 * 8);
-        to[1] = __shfl_sync(0xffffffffu, value, lane % 4 * 8 + 4);
-    }
-
-    // The leaf is complete: its sum over all lanes, and where a worker has the item from its begin on, the item's sums.
-    __device__ __forceinline__ void close_leaf(bool is_whole, bool is_first) {
-        leaf_sum += __shfl_xor_sync(0xffffffffu, leaf_sum, 1);
-        leaf_sum += __shfl_xor_sync(0xffffffffu, leaf_sum, 2);
-        if (!is_whole) return;
-        if (is_first) {
-            item_max = leaf_max, item_sum = leaf_sum;
-#pragma unroll
-            for (int s = 0; s < S::kSlices; ++s)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) item[s][e] = leaf[s][e];
-            return;
         }
-        const Fold fold(item_max, leaf_max);
-        float kept[2], added[2];
-        spread(fold.kept, kept);
-        spread(fold.added, added);
-        item_max = fold.maximum;
-        item_sum = folded(item_sum, fold.kept, leaf_sum, fold.added);
 #pragma unroll
-        for (int s = 0; s < S::kSlices; ++s)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) item[s][e] = folded(item[s][e], kept[e % 2], leaf[s][e], added[e % 2]);
+        for (int e = 0; e < 4; ++e) {
+            scores[e] = exp2_of(__fmaf_rn(scores[e], factor, -maxima[e % 2]));
+            sums[e % 2] += scores[e];
+        }
     }
 
-    __device__ __forceinline__ void run(int first_range) {
-        begin(first_range);
-        if (places[0].range < 0) return;
-        wait_for_copies<kStages - 1>();
-        __syncthreads();
-        score(0, 0);
-        bool is_whole = false;  // whether the range has the item from its begin on
-        int leaves = 0, num_pending = 0, stage = 0, stage_before = kStages - 1;
+    __device__ __forceinline__ void add_values(unsigned slot, const float (&weights)[4]) {
+        const unsigned low = transposed(pair_of<T>(weights[0], weights[1]));
+        const unsigned high = transposed(pair_of<T>(weights[2], weights[3]));
+        const unsigned from = slot + (lane / 16 * 8 + lane % 8) * S::kRowBytes +
+                              ((lane / 8 % 2 ^ place_of(lane % 8)) << 4);
+#pragma unroll
+        for (int i = 0; i < kDim / 16; ++i) {
+            unsigned part[4];
+            load_matrices_transposed(part, from ^ (i << 5));
+            multiply_add<T>(values[i], part[0], part[1], part[2], part[3], low, high);
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+        fill();
+        int stage = 0;
 #pragma unroll 1
-        for (int t = 0;; ++t) {
-            wait_for_copies<kStages - 2>();
+        for (int number = 0;; ++number) {
+            const bool is_there = board.unit(number).tiles > 0;
+            Rows next{};
+            if (is_there) {
+                next = attend(number, stage);
+                leave_sums(free_slot(warp, stage), board.unit(number).heads);
+            }
             __syncthreads();
-            const Place place = places[t % kPlaces];
-            if (num_pending == kMaxPending || (num_pending > 0 && place.range < 0)) {
-                merge.finish(num_pending);
-                num_pending = 0;
-            }
-            if (place.range < 0) break;
-            const int stage_after = stage + 1 < kStages ? stage + 1 : 0;
-            look_up(t + 2 * kStages - 1);
-            copy(t + kStages, stage, stage_before);
-            if (places[(t + 1) % kPlaces].range >= 0) score(t + 1, stage_after);
-            attend(t, stage, place);
-            stage_before = stage, stage = stage_after;
-            if (place.is(kBeginsItem | kBeginsRange)) {
-                is_whole = place.is(kBeginsItem);
-                leaves = 0;
-            }
-            if (!place.is(kEndsLeaf)) continue;
-            close_leaf(is_whole, leaves == 0);
-            if (!is_whole) write_partial(merge.slot(place.range, 1 + leaves), place, leaf, leaf_max, leaf_sum);
-            ++leaves;
-            if (place.is(kEndsItem) && is_whole) {
-                write_item(place);
-            } else if (place.is(kEndsItem | kEndsRange)) {
-                if (is_whole) write_partial(merge.slot(place.range, 0), place, item, item_max, item_sum);
-                if (thread == 0)
-                    pending[num_pending] = Pending{place.request, place.kv_head, place.head, place.token + place.end,
-                                                   place.base, place.range % in.num_lanes, leaves};
-                ++num_pending;
+            const bool completes = board.completes;
+            if (is_there) combine(board.unit(number), stage);
+            __syncthreads();
+            copy(in.values, next, ring + stage * 2 * S::kSlot + S::kSlot);
+            commit_copies();
+            stage = after(stage);
+            if (completes) merge(board.unit(number - 1));
+            if (!is_there) return;
+        }
+    }
+
+    __device__ __forceinline__ static int after(int stage) { return stage + 1 < kStages ? stage + 1 : 0; }
+
+    // All tiles of a unit, and nothing for as many as it lacks to the depth of the ring: so copies never run further than
+    // into the next unit. After the last one, in `stage`, the slot of values is left free; returns the rows that belong
+    // there.
+    __device__ __forceinline__ Rows attend(int number, int& stage) {
+        const int tiles = board.unit(number).tiles, steps = max(tiles, kStages);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) maxima[e] = lowest(), sums[e] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kDim / 16; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) values[i][e] = 0.0f;
+#pragma unroll 1
+        for (int step = 0;; ++step) {
+            const unsigned slot = ring + stage * 2 * S::kSlot;
+            const Rows rows = rows_of(number, step), next = rows_ahead(number, step, steps);
+            float scores[4] = {};
+            wait_for_copies<2 * kStages - 1>();
+            __syncwarp();
+            if (rows.are_seen()) score(slot, scores);
+            if (step + 1 == tiles) load_queries(number + 1);
+            __syncwarp();
+            copy(in.keys, next, slot);
+            commit_copies();
+            if (rows.are_seen()) weigh(scores, rows);
+            wait_for_copies<2 * kStages - 1>();
+            __syncwarp();
+            if (rows.are_seen()) add_values(slot + S::kSlot, scores);
+            __syncwarp();
+            if (step + 1 == steps) return next;
+            copy(in.values, next, slot + S::kSlot);
+            commit_copies();
+            stage = after(stage);
+        }
+    }
+
+    // Where a warp leaves its sums: the slot of values that was read last.
+    __device__ __forceinline__ float* free_slot(int of_warp, int stage) const {
+        return reinterpret_cast<float*>(memory + of_warp * S::kRing + stage * 2 * S::kSlot + S::kSlot);
+    }
+
+    // Where dimension `dim` of a head lies among a warp's sums: such that lanes that write together meet different banks.
+    __device__ __forceinline__ static int place_in_sums(int head, int dim) { return head * kDim + (dim ^ head / 2 * 8); }
+
+    __device__ __forceinline__ void leave_sums(float* to, int heads) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int head = lane % 4 * 2 + e;
+#pragma unroll
+            for (int offset = 4; offset < 32; offset *= 2) sums[e] += __shfl_xor_sync(kAllLanes, sums[e], offset);
+            if (head >= heads) continue;
+            if (lane / 4 == 0) board.maxima[warp][head] = maxima[e], board.sums[warp][head] = sums[e];
+#pragma unroll
+            for (int i = 0; i < kDim / 16; ++i) {
+                to[place_in_sums(head, 16 * i + lane / 4)] = values[i][e];
+                to[place_in_sums(head, 16 * i + 8 + lane / 4)] = values[i][e + 2];
             }
         }
     }
 
-    __device__ __forceinline__ void write_partial(
-        float* to, const Place& place, const float (&sums)[S::kSlices][4], float maximum, float sum) const {
-        const int heads = merge.heads_of(place);
+    // The sums of all warps, in order.
+    __device__ __forceinline__ void combine(const Unit& unit, int stage) const {
+#pragma unroll 1
+        for (int i = thread; i < unit.heads * (kDim / 4); i += 32 * kWarps) {
+            const int head = i / (kDim / 4), dim = i % (kDim / 4) * 4;
+            Total total;
 #pragma unroll
-        for (int s = 0; s < S::kSlices; ++s)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int head = lane % 4 * 2 + e % 2;
-                const int dim = (warp * S::kSlices + s) * 16 + lane / 4 + e / 2 * 8;
-                if (head < heads) to[head * M::kPartial + dim] = sums[s][e];
+            for (int w = 0; w < kWarps; ++w) {
+                const float* part = free_slot(w, stage) + place_in_sums(head, dim);
+                total.add(load<float, 4>(part), board.maxima[w][head], board.sums[w][head]);
             }
-        if (warp == 0 && lane % 4 == 0 && lane / 4 < heads) {
-            to[lane / 4 * M::kPartial + kDim] = maximum;
-            to[lane / 4 * M::kPartial + kDim + 1] = sum;
+            if (unit.chunks == 1)
+                write(unit, head, dim, total);
+            else
+                write_partial(partial_of(unit, unit.chunk) + head * kPartial, dim, total);
         }
     }
 
-    __device__ __forceinline__ void write_item(const Place& place) const {
-        const int heads = merge.heads_of(place);
-        T* to = merge.out_of(place);
-        float sums[2];
-        spread(item_sum, sums);
-        const float factors[2] = {__frcp_rn(sums[0]), __frcp_rn(sums[1])};
+    // The partial results of all chunks, in order.
+    __device__ __forceinline__ void merge(const Unit& unit) const {
+#pragma unroll 1
+        for (int i = thread; i < unit.heads * (kDim / 4); i += 32 * kWarps) {
+            const int head = i / (kDim / 4), dim = i % (kDim / 4) * 4;
+            Total total;
+#pragma unroll 1
+            for (int first = 0; first < unit.chunks; first += kMergedAtOnce) {
+                Pack<float, 4> parts[kMergedAtOnce], about[kMergedAtOnce];
 #pragma unroll
-        for (int s = 0; s < S::kSlices; ++s)
+                for (int k = 0; k < kMergedAtOnce; ++k) {
+                    const float* part = partial_of(unit, min(first + k, unit.chunks - 1)) + head * kPartial;
+                    parts[k] = load_past_l1(part + dim);
+                    about[k] = load_past_l1(part + kDim);
+                }
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int head = lane % 4 * 2 + e % 2;
-                const int dim = (warp * S::kSlices + s) * 16 + lane / 4 + e / 2 * 8;
-                if (head < heads) to[head * kDim + dim] = from_float<T>(item[s][e] * factors[e % 2]);
+                for (int k = 0; k < kMergedAtOnce; ++k)
+                    if (first + k < unit.chunks) total.add(parts[k], about[k].elements[0], about[k].elements[1]);
             }
+            write(unit, head, dim, total);
+        }
+    }
+
+    // Chunk `chunk` of the unit's item.
+    __device__ __forceinline__ float* partial_of(const Unit& unit, int chunk) const {
+        const int id = unit.id + (chunk - unit.chunk) * in.passes;
+        return in.partials + static_cast<long long>(id) * min(kHeads, in.group) * kPartial;
+    }
+
+    __device__ __forceinline__ void write_partial(float* to, int dim, const Total& total) const {
+        store(to + dim, total.values);
+        if (dim == 0) store(to + kDim, Pack<float, 4>{total.maximum, total.sum, 0.0f, 0.0f});
+    }
+
+    __device__ __forceinline__ void write(const Unit& unit, int head, int dim, const Total& total) const {
+        const float factor = __frcp_rn(total.sum);
+        Pack<T, 4> pack;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) pack.elements[e] = from_float<T>(total.values.elements[e] * factor);
+        store(in.out + (static_cast<long long>(unit.request) * in.num_heads() + unit.head + head) * kDim + dim, pack);
     }
 };
 
-template <typename T> __device__ __forceinline__ void zero_empty_requests(const Inputs<T>& in, int width) {
-#pragma unroll 1
-    for (int r = blockIdx.x; r < in.batch; r += gridDim.x) {
-        if (in.lengths[r] > 0) continue;
-        for (int i = threadIdx.x; i < width; i += blockDim.x)
-            in.out[static_cast<long long>(r) * width + i] = from_float<T>(0.0f);
-    }
-}
-
 template <typename T, int kDim, int kWarps, int kStages> __device__ __forceinline__ void stream(const Inputs<T>& in) {
     using S = Shape<kDim, kWarps, kStages>;
-    static_assert(S::kThreads == kChunks);
-    extern __shared__ uint4 memory[];
-    __shared__ Place places[kPlaces];
-    __shared__ int blocks[kPlaces][kWarps];
-    __shared__ Pending pending[kMaxPending];
-    __shared__ int starts[kChunks];
+    extern __shared__ __align__(128) unsigned char memory[];
+    __shared__ Board<kWarps> board;
     let_next_begin();
-    // Blocks that run on one processor, as these are handed out, get neighbouring pieces of one lane: together the same
-    // amount.
-    const int processor = blockIdx.x % in.num_processors, each = gridDim.x / in.num_processors;
-    const int piece = processor / in.num_lanes * each + blockIdx.x / in.num_processors;
-    const int group = in.group(), slices = in.slices();
-    const int thread = threadIdx.x, warp = __shfl_sync(0xffffffffu, thread / 32, 0);
-    wait_for_previous();
-    const int total =
-        find_starts<S::kTile>(starts, in.lengths, in.batch, in.num_kv_heads * slices / in.num_lanes, in.window);
-    const Line line{static_cast<int>(gridDim.x) / in.num_lanes, total, in.step};
-    const int lane = thread % 32;
-    Decoder<T, kDim, kWarps, kStages> decoder{
-        in, shared_address(memory), reinterpret_cast<float*>(memory + S::kScores / 16), places, blocks, pending,
-        {in, places, blocks, starts, line, group, slices, lane},
-        {in, pending, line, group, slices, thread, lane, warp},
-        thread, lane, warp};
-    decoder.run(piece * in.num_lanes + processor % in.num_lanes);
-    zero_empty_requests(in, in.num_heads * kDim);
-    if (thread == 0 && line.num_rounds() > 1 && atomicInc(&num_served, gridDim.x - 1) == gridDim.x - 1)
-        num_handed_out = 0;
+    const int thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(kAllLanes, thread / 32, 0);
+    const Units<T, S::kTile> units(in, lane);
+    Clerk<T, kDim, kWarps> clerk{in, board, units, lane, units.total <= 2 * static_cast<int>(gridDim.x)};
+    if (warp < 2) clerk.publish(warp, blockIdx.x + warp * gridDim.x);
+    __syncthreads();
+    if (warp == kWarps) {
+        wait_for_previous();
+        clerk.run();
+        return;
+    }
+    Decoder<T, kDim, kWarps, kStages>{
+        in, board, memory, shared_address(memory) + warp * S::kRing, read_once_policy(), thread, lane, warp}.run();
 }
 
 }  // namespace

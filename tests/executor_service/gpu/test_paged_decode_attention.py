@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from executor_service.kernels.paged_decode_attention import paged_decode_attention
+from executor_service.kernels.paged_decode_attention import Variant, launch, paged_decode_attention
+from executor_service.kernels.write_kv import write_kv
 from tests.executor_service.gpu.tensors import DTYPES, SEEDS, close, poison
 
 pytestmark = pytest.mark.gpu
@@ -110,6 +111,48 @@ def test_a_request_is_answered_alike_in_every_batch(heads) -> None:
             alone = make([length, *others], heads, 128, 16, torch.bfloat16, 5).attend()
             assert torch.equal(alone[0], together[row])
     assert torch.equal(together[0], together[-1])
+
+
+@pytest.mark.parametrize("heads", [(32, 32), (32, 8)])
+def test_the_size_of_the_gpu_does_not_matter(heads) -> None:
+    """Half or a third of the blocks of threads give the same bits."""
+    batch = make([700, 2048, 63, 8192, 1, 300, 5000], heads, 128, 16, torch.bfloat16, 6)
+    tensors = (batch.query, batch.k_cache, batch.v_cache, batch.block_tables, batch.seq_lens)
+    results = []
+    for stages, blocks_each in ((3, 2), (3, 1), (2, 3), (2, 1)):
+        out = torch.full_like(batch.query, float("nan"))
+        launch(*tensors, 0.1, 0, 0.0, out, Variant(4, stages, blocks_each))
+        results.append(out)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("lengths", [[1], [17], [700], [64, 128, 1, 1025, 3000, 16]])
+def test_the_newest_tokens_may_be_written_by_the_kernel_before(lengths) -> None:
+    """It begins early, and reads those and the queries late: what stands there before is NaN."""
+    batch = make(lengths, (8, 2), 128, 16, torch.bfloat16, 3)
+    places = batch.seq_lens.long() - 1
+    slots = batch.block_tables.gather(1, places[:, None] // 16)[:, 0].long() * 16 + places % 16
+    rows = [cache.flatten(0, 1) for cache in (batch.k_cache, batch.v_cache)]
+    key, value = (each[slots].clone() for each in rows)
+    expected = batch.formula()
+    ballast = torch.randn(4096, 4096, device="cuda")
+    for _ in range(20):
+        for each in rows:
+            each[slots] = float("nan")
+        torch.mm(ballast, ballast)
+        write_kv(key, value, batch.k_cache, batch.v_cache, slots)
+        out = torch.empty_like(batch.query)
+        paged_decode_attention(
+            batch.query, batch.k_cache, batch.v_cache, batch.block_tables, batch.seq_lens, 0.1, 0, 0.0, out
+        )
+        close(out, expected)
+
+
+def test_many_requests() -> None:
+    """More than a warp has lanes, and than a lane has loads under way."""
+    lengths = [(37 * row) % 300 for row in range(1500)]
+    batch = make(lengths, (2, 1), 64, 16, torch.float16, 4)
+    close(batch.attend(), batch.formula())
 
 
 @pytest.mark.parametrize("size", [1, 5, 300])

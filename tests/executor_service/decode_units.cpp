@@ -1,0 +1,113 @@
+// The units of paged_decode_attention on the host: a warp's lanes are threads that meet at every exchange. Over random
+// batches, units must be numbered as promised and cover every visible token of every pass once. Prints what is wrong and
+// ends with 1.
+#include <algorithm>
+#include <barrier>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __forceinline__ inline
+using std::max;
+using std::min;
+
+namespace warp {
+std::barrier<> meeting(32);
+int given[32];
+thread_local int lane;
+
+template <typename Answer> auto exchange(int value, Answer answer) {
+    given[lane] = value;
+    meeting.arrive_and_wait();
+    const auto got = answer();
+    meeting.arrive_and_wait();
+    return got;
+}
+}  // namespace warp
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+static int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
+static int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
+static int load_past_l1(const int* from) { return *from; }
+static int __shfl_sync(unsigned, int value, int lane) {
+    return warp::exchange(value, [lane] { return warp::given[lane]; });
+}
+static int __shfl_up_sync(unsigned, int value, int offset) {
+    return warp::exchange(value, [offset] { return warp::given[max(warp::lane - offset, 0)]; });
+}
+static unsigned __ballot_sync(unsigned, bool value) {
+    return warp::exchange(value, [] {
+        unsigned bits = 0;
+        for (int i = 0; i < 32; ++i) bits |= static_cast<unsigned>(warp::given[i]) << i;
+        return bits;
+    });
+}
+
+#include "paged_decode_attention_units.cuh"
+
+constexpr int kTile = 64;
+
+static std::vector<Unit> all_units(const Inputs<float>& in) {
+    std::vector<Unit> found;
+    std::vector<std::thread> lanes;
+    for (int lane = 0; lane < 32; ++lane)
+        lanes.emplace_back([&in, &found, lane] {
+            warp::lane = lane;
+            const Units<float, kTile> units(in, lane);
+            for (int id = 0; id <= units.total; ++id) {
+                const Unit unit = units.find(id);
+                if (lane == id % 32) found.push_back(unit);  // every lane gets the same: the next meeting is after this
+                __ballot_sync(kAllLanes, true);
+            }
+        });
+    for (std::thread& lane : lanes) lane.join();
+    return found;
+}
+
+// Follows the units in their order.
+static const char* wrong(const Inputs<float>& in, const std::vector<Unit>& units, int most_chunks) {
+    auto at = units.begin();
+    for (int request = 0; request < in.batch; ++request) {
+        const int length = in.lengths[request], start = in.window > 0 ? max(length - in.window, 0) : 0;
+        int token = start / 16 * 16;
+        for (int chunk = 0; token < length; ++chunk) {
+            const int next = token + at->tiles * kTile;
+            int head = 0;
+            for (int pass = 0; pass < in.passes; ++pass, ++at) {
+                if (at->tiles < 1 || at->tiles > kMostTiles) return "a chunk has no tiles, or too many";
+                if (at->request != request || at->chunk != chunk || at->id != at - units.begin()) return "the order";
+                if (at->token != token || at->start != start || at->length != length) return "the tokens";
+                if (at->item != request * in.passes + pass || next != token + at->tiles * kTile) return "the passes";
+                if (at->head != head || at->kv_head != head / in.group || at->heads < 1) return "the heads";
+                if (head / in.group != (head + at->heads - 1) / in.group) return "heads of two KV heads";
+                head += at->heads;
+            }
+            if (head != in.num_heads()) return "not all heads";
+            token = next;
+            if (token >= length && at[-1].chunks != chunk + 1) return "the number of chunks";
+            if (chunk >= most_chunks) return "more chunks than there is room for";
+        }
+    }
+    return at->tiles == 0 && at + 1 == units.end() ? nullptr : "the end";
+}
+
+int main() {
+    std::mt19937 random(7);
+    auto below = [&random](int bound) { return static_cast<int>(random() % bound); };
+    for (int round = 0; round < 24; ++round) {
+        std::vector<int> lengths(1 + below(round % 3 ? 8 : 1 << below(10)));
+        for (int& length : lengths) length = below(4) ? below(lengths.size() > 32 ? 100 : 200 << below(7)) : 0;
+        const int group = 1 + below(20), num_kv_heads = 1 + below(3), most_bits = below(5), least_shift = below(3);
+        const int passes = num_kv_heads * ((group + kHeads - 1) / kHeads), window = below(2) ? 0 : 1 + below(3000);
+        const Inputs<float> in{nullptr, nullptr, nullptr, nullptr, lengths.data(), nullptr, nullptr,
+                               static_cast<int>(lengths.size()), num_kv_heads, group, passes, 4, 0, 1.0f, 0.0f, window,
+                               least_shift, most_bits};
+        const int tiles = (*std::max_element(lengths.begin(), lengths.end()) + kTile - 1) / kTile;
+        const int most_chunks = max(min(tiles, 1 << most_bits), (tiles + kMostTiles - 1) / kMostTiles);
+        if (const char* what = wrong(in, all_units(in), most_chunks)) return std::printf("round %d: %s\n", round, what), 1;
+    }
+    return 0;
+}
