@@ -59,6 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
     parser.add_argument("--ours", type=Path, help="gpu_engine.json of this very session")
     parser.add_argument("--repeats", type=int, default=3, help="of every measurement of throughput (default 3)")
+    parser.add_argument("--vllm-parts", help="of vLLM's figures, e.g. decode; all if not given")
     parser.add_argument("--vllm-seconds", type=float, default=280, help="at most, per geometry (default 280)")
     parser.add_argument("--engine-seconds", type=float, default=240, help="at most, per geometry (default 240)")
     parser.add_argument("--attention-seconds", type=float, default=60, help="at most, each (default 60)")
@@ -100,6 +101,8 @@ def run_vllm(geometry: str, folder: Path, options: argparse.Namespace) -> dict[s
     sheet, log = folder / f"vllm-{geometry}.json", folder / f"vllm-{geometry}.log"
     command = [sys.executable, "-m", "benchmarks.gpu.vllm_arm", "--geometry", geometry, "--batches", options.batches,
                "--repeats", str(options.repeats), "--sheet", str(sheet)]  # fmt: skip
+    if options.vllm_parts:
+        command += ["--parts", options.vllm_parts]
     print(f"\n=== vLLM, {geometry}", flush=True)
     ended = run(command, options.vllm_seconds, _path(SITE) | _quiet(), log)
     lines = log.read_text("utf-8", errors="replace").splitlines()

@@ -2,37 +2,33 @@
 
 Arms, each with 64 and 256 requests at once, each request with a picture of its own, 64 text tokens, 128 tokens out:
 `in process` steps the engine itself on ready tensors; `stand-ins` are ready tensors on one shared `Execute` stream;
-`Generate` are JPEG files through one preprocess service, and through several.
+`Generate` are JPEG files through one preprocess service, and through several. `--peers` adds what vLLM makes of such
+requests, from the picture on. The result is written after every run; `partial` says that more was to come.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import statistics
 import subprocess
 import sys
-import traceback
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from benchmarks.gpu.load import SIDES, TEXT_TOKENS, max_model_len
+from benchmarks.gpu.served_arms import IN_PROCESS, ONE, SEVERAL, STAND_INS, in_process, services
 from benchmarks.gpu.session import Sheet, exit_when_told, run_module, sheets
-from benchmarks.processes import EXECUTOR, PREPROCESS, child_of, processor_seconds, started
 from benchmarks.results import make_parser, write_result
 
-if TYPE_CHECKING:
-    from benchmarks.gpu.clients import Clients
-
 GEOMETRIES: Final = ("llava-1.5-7b",)
-IN_PROCESS, STAND_INS, ONE, SEVERAL = "in process", "stand-ins", "Generate", "Generate, several preprocess services"
 TARGET_SPLIT: Final = 0.05
-LIMIT: Final = 90.0
-"""Seconds of one measurement at the most."""
+TARGET_VLLM: Final = 1.1
+ENGINE_SHARE: Final = 0.35
+"""Of the time, for the engine in a process of its own."""
+GRACE: Final = 20.0
+"""Seconds beyond its time after which a process is ended: a run that has begun may end."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,19 +39,13 @@ def main(argv: list[str] | None = None) -> int:
         sheet = Sheet(options.sheet)
         (in_process if options.process == "engine" else services)(sheet, options)
         return 0
-    load_before = os.getloadavg()[0]
     figures: dict[str, Any] = {}
     with sheets(options.output) as folder:
         for geometry in options.geometries:
             make_checkpoint(geometry)
-            figures[geometry] = {}
-            if options.ours:
-                figures[geometry]["engine"] = read_engine(options.ours, geometry)
-            for process in ("services",) if options.ours else ("engine", "services"):
-                print(f"\n=== {geometry}: {process}", flush=True)
-                figures[geometry][process] = start(process, geometry, folder, options)
-                figures[geometry]["ratios"] = ratios(figures[geometry])
-                write_result("gpu_served", figures, options, load_before)
+            figures[geometry] = {"vllm": read_vllm(options.peers, geometry)}
+            measure(geometry, figures, folder, options)
+            print_table(geometry, figures[geometry], options.concurrency)
     return 0
 
 
@@ -64,13 +54,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser("gpu.served", __doc__)
     parser.add_argument("--geometries", type=lambda text: tuple(text.split(",")), default=GEOMETRIES)
     parser.add_argument("--concurrency", type=lambda text: tuple(map(int, text.split(","))), default=(64, 256))
-    parser.add_argument("--repeats", type=int, default=3, help="of every arm, interleaved (default 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="of every arm, if there is time (default 3)")
     parser.add_argument("--tokens", type=int, default=128, help="out, of every request (default 128)")
     parser.add_argument("--clients", type=int, default=4, help="client processes (default 4)")
     parser.add_argument("--preprocess", type=int, default=4, help="preprocess services of the arm with several")
     parser.add_argument("--ours", type=Path, help="gpu_engine.json of this session, instead of the arm in process")
+    parser.add_argument("--peers", type=Path, help="gpu_peers.json of this session, for vLLM's rates")
     parser.add_argument("--device", default="cuda", help="cpu to try it out with a tiny geometry")
-    parser.add_argument("--seconds", type=float, default=240, help="at most, of each of the two processes")
+    parser.add_argument("--seconds", type=float, default=120, help="of a geometry, boots included (default 120)")
     parser.add_argument("--sheet", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--process", default="services", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -85,14 +76,35 @@ def make_checkpoint(geometry: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
-def start(process: str, geometry: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One process's figures."""
-    flags = [
+def measure(geometry: str, figures: dict[str, Any], folder: Path, options: argparse.Namespace) -> None:
+    """Both processes' figures, on disk after every run."""
+    load_before, until = os.getloadavg()[0], time.monotonic() + options.seconds
+    own = figures[geometry]
+
+    def note(process: str, some: dict[str, Any], *, is_partial: bool) -> None:
+        own[process] = some
+        own["ratios"] = ratios(own)
+        own["partial"] = is_partial
+        write_result("gpu_served", figures, options, load_before)
+
+    if options.ours:
+        note("engine", read_engine(options.ours, geometry), is_partial=True)
+    for process in ("services",) if options.ours else ("engine", "services"):
+        print(f"\n=== {geometry}: {process}", flush=True)
+        seconds = (ENGINE_SHARE if process == "engine" else 1.0) * (until - time.monotonic())
+        some = run_module(
+            "benchmarks.gpu.served", *_flags(process, geometry, seconds, options), sheet=folder / f"{process}.json",
+            limit=seconds + GRACE, on_change=partial(note, process, is_partial=True),
+        )  # fmt: skip
+        note(process, some, is_partial=process == "engine" or "error" in some)
+
+
+def _flags(process: str, geometry: str, seconds: float, options: argparse.Namespace) -> list[str]:
+    return [
         "--process", process, "--geometries", geometry, "--concurrency", ",".join(map(str, options.concurrency)),
         "--repeats", str(options.repeats), "--tokens", str(options.tokens), "--clients", str(options.clients),
-        "--preprocess", str(options.preprocess), "--device", options.device,
+        "--preprocess", str(options.preprocess), "--device", options.device, "--seconds", str(seconds),
     ]  # fmt: skip
-    return run_module("benchmarks.gpu.served", *flags, sheet=folder / f"{process}.json", limit=options.seconds)
 
 
 def read_engine(path: Path, geometry: str) -> dict[str, Any]:
@@ -104,141 +116,46 @@ def read_engine(path: Path, geometry: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def in_process(sheet: Sheet, options: argparse.Namespace) -> None:
-    """The engine's own tokens per second, with the services' settings."""
-    from benchmarks.gpu.models import ensure_checkpoint
-    from benchmarks.gpu.workload import Driver
-
-    (geometry,) = options.geometries
-    driver = Driver(
-        ensure_checkpoint(geometry), device=options.device, prefix_caching=True,
-        max_model_len=max_model_len(geometry),
-    )  # fmt: skip
-    side = SIDES[geometry]
-    driver.drive(driver.requests(min(options.concurrency), side, 4, seed=1))
-    for count in options.concurrency:
-
-        def measure(count: int = count) -> dict[str, Any]:
-            rates = []
-            for seed in range(options.repeats):
-                trace = driver.drive(driver.requests(count, side, options.tokens, seed=10 + seed), LIMIT)
-                rates.append(count * options.tokens / trace.seconds)
-            return _rates(f"{IN_PROCESS}, {count}", rates)
-
-        sheet.measure(f"{IN_PROCESS}, {count}", measure)
-
-
-def services(sheet: Sheet, options: argparse.Namespace) -> None:
-    """Executor and preprocess services once, the arms in turn."""
-    from benchmarks.gpu.clients import Clients
-    from benchmarks.gpu.models import checkpoint_folder
-
-    (geometry,) = options.geometries
-    model = checkpoint_folder(geometry)
-    with Clients(max(options.clients, options.preprocess)) as clients, running(model, geometry, options) as all_of_it:
-        executor, preprocess, pids = all_of_it
-        arms = {STAND_INS: [executor], ONE: preprocess[:1], SEVERAL: preprocess}
-        if options.preprocess < 2:
-            del arms[SEVERAL]
-        _run_all(arms, model, geometry, min(*options.concurrency, 16), 0, options, clients)
-        for count in options.concurrency:
-            runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
-            for seed in range(options.repeats):
-                for arm, figures in _run_all(arms, model, geometry, count, 100 + seed, options, clients, pids).items():
-                    runs[arm].append(figures)
-            for arm, values in runs.items():
-                if values:
-                    sheet.note(f"{arm}, {count}", _summary(f"{arm}, {count}", values))
-
-
-@contextlib.contextmanager
-def running(model: Path, geometry: str, options: argparse.Namespace) -> Iterator[tuple[str, list[str], dict[str, int]]]:
-    """Addresses of the executor and of the preprocess services, and the processes by name."""
-    flags = ("--model", str(model), "--device", options.device, "--max-model-len",
-             str(max_model_len(geometry)))  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        executor = stack.enter_context(started(EXECUTOR, *flags))
-        pids = {"front": executor.pid, "engine": child_of(executor.pid)}
-        count = max(options.preprocess, 1)
-        starts = [
-            started(PREPROCESS, "--model", str(model), "--executor", executor.address, "--max-pending-requests", "1024")
-            for _ in range(count)
-        ]
-        with ThreadPoolExecutor(count) as pool:
-            services = list(pool.map(stack.enter_context, starts))
-        pids |= {f"preprocess {number}": service.pid for number, service in enumerate(services)}
-        addresses = [service.address for service in services]
-        yield executor.address, addresses, pids
-
-
-def _run_all(
-    arms: dict[str, list[str]], model: Path, geometry: str, count: int, seed: int, options: argparse.Namespace,
-    clients: Clients, pids: dict[str, int] | None = None,
-) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Every arm once; one that fails is left out."""
-    figures = {}
-    for number, (arm, addresses) in enumerate(arms.items()):
-        try:
-            figures[arm] = _run(
-                arm, addresses, model, geometry, count, seed + 1000 * number, options, clients, pids or {}
-            )
-        except Exception:  # the other arms' figures are still of use
-            traceback.print_exc()
-    return figures
-
-
-def _run(
-    arm: str, addresses: list[str], model: Path, geometry: str, count: int, seed: int, options: argparse.Namespace,
-    clients: Clients, pids: dict[str, int],
-) -> dict[str, float]:  # fmt: skip
-    """`count` requests at once, spread over client processes and addresses."""
-    from benchmarks.gpu.clients import Job
-
-    kind = "stand-ins" if arm == STAND_INS else "generate"
-    # One shared stream is one process's.
-    number = 1 if kind == "stand-ins" else max(min(options.clients, count), len(addresses[:count]))
-    counts = [count // number + (index < count % number) for index in range(number)]
-    jobs = [
-        Job(kind, addresses[index % len(addresses)], model, share, SIDES[geometry], TEXT_TOKENS, options.tokens,
-            10_000 * seed + index)
-        for index, share in enumerate(counts) if share
-    ]  # fmt: skip
-    before = {name: processor_seconds(pid) for name, pid in pids.items()}
-    outcomes = clients.run(jobs, LIMIT)
-    used = {f"{name}_seconds": processor_seconds(pid) - before[name] for name, pid in pids.items()}
-    began, ended = min(one.began for one in outcomes), max(one.ended for one in outcomes)
-    firsts = [first - began for one in outcomes for first in one.first_tokens]
-    seconds = ended - began
-    tokens = sum(one.num_tokens for one in outcomes)
+def read_vllm(path: Path | None, geometry: str) -> dict[str, float]:
+    """Number of requests at once -> vLLM's tokens per second from the picture on; empty if there are none."""
+    if path is None or not path.is_file():
+        return {}
+    parts = json.loads(path.read_text("utf-8"))["figures"].get(geometry, {}).get("vllm", {})
     return {
-        "tokens_per_second": tokens / seconds, "seconds": seconds, "first_token_ms": 1000 * statistics.median(firsts),
-        **used,
+        str(part["batch"]): part["from_picture_tokens_per_second"]
+        for part in parts.values() if isinstance(part, dict) and "from_picture_tokens_per_second" in part
     }  # fmt: skip
 
 
-def _summary(name: str, runs: list[dict[str, float]]) -> dict[str, Any]:
-    rates = [run["tokens_per_second"] for run in runs]
-    medians = {key: statistics.median(run[key] for run in runs) for key in runs[0] if key != "tokens_per_second"}
-    return {**_rates(name, rates), **medians}
-
-
-def _rates(name: str, rates: list[float]) -> dict[str, Any]:
-    print(f"{name:<45} {statistics.median(rates):8.0f} tokens/s", flush=True)
-    return {"tokens_per_second": statistics.median(rates), "all": rates}
-
-
 def ratios(figures: dict[str, Any]) -> dict[str, Any]:
-    """What the split costs: each arm's share of the engine's own rate that is lost."""
-    engine, served = figures.get("engine", {}), figures.get("services", {})
-    lost = {}
-    for name, arm in served.items():
-        count = name.rpartition(", ")[2]
+    """What the split costs: each arm's share of the engine's own rate that is lost. And each arm's rate by vLLM's."""
+    engine, served, vllm = (figures.get(name, {}) for name in ("engine", "services", "vllm"))
+    lost, times_vllm = {}, {}
+    for name, arm in {**engine, **served}.items():
+        if not (isinstance(arm, dict) and "tokens_per_second" in arm):
+            continue
+        count, rate = name.rpartition(", ")[2], arm["tokens_per_second"]
         alone = engine.get(f"{IN_PROCESS}, {count}", {})
-        if isinstance(arm, dict) and "tokens_per_second" in arm and "tokens_per_second" in alone:
-            lost[name] = 1 - arm["tokens_per_second"] / alone["tokens_per_second"]
-    for name, share in lost.items():
-        print(f"{name:<45} loses {share:6.1%} of the engine's own rate", flush=True)
-    return {"lost": lost, "target": TARGET_SPLIT}
+        if name in served and "tokens_per_second" in alone:
+            lost[name] = 1 - rate / alone["tokens_per_second"]
+        if count in vllm:
+            times_vllm[name] = rate / vllm[count]
+    return {"lost": lost, "target": TARGET_SPLIT, "times_vllm": times_vllm, "target_times_vllm": TARGET_VLLM}
+
+
+def print_table(geometry: str, figures: dict[str, Any], concurrency: tuple[int, ...]) -> None:
+    """An arm a line: tokens per second, what the split costs, and how many times vLLM's."""
+    ratio, vllm = figures["ratios"], figures["vllm"]
+    print(f"\n{geometry}: tokens/s (lost of the engine's own, times vLLM's)", flush=True)
+    for arm in (IN_PROCESS, STAND_INS, ONE, SEVERAL):
+        cells = []
+        for name in (f"{arm}, {count}" for count in concurrency):
+            rate = {**figures.get("engine", {}), **figures.get("services", {})}.get(name, {}).get("tokens_per_second")
+            lost, times = ratio["lost"].get(name), ratio["times_vllm"].get(name)
+            told = [f"{lost:+.1%}" if lost is not None else "", f"{times:.2f}x" if times is not None else ""]
+            cells.append(f"{rate:7.0f} ({', '.join(filter(None, told))})" if rate else "-")
+        print(f"  {arm:<40}" + "".join(f"{cell:>26}" for cell in cells), flush=True)
+    print(f"  {'vLLM, from pictures':<40}" + "".join(f"{vllm.get(str(n), 0):>26.0f}" for n in concurrency), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from executor_service.front.engine_link import ENVIRONMENT
+
 PATIENCE_SECONDS = 10.0
+TICK_SECONDS = 1.0
 FREE_BYTES = 2 << 30
 """In use on a GPU that nobody uses, at the most."""
 _LIBC = ctypes.CDLL(None)
@@ -64,21 +67,41 @@ class Sheet:
         return True
 
 
-def run_module(module: str, *flags: str, sheet: Path, limit: float) -> dict[str, Any]:
-    """What `python -m MODULE FLAGS --sheet FILE` has noted by its end, at the latest after `limit` seconds."""
+def run_module(
+    module: str, *flags: str, sheet: Path, limit: float, on_change: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """What `python -m MODULE FLAGS --sheet FILE` has noted by its end, at the latest after `limit` seconds.
+
+    An engine in it finds the environment that the front gives its own. `on_change` gets what is noted so far whenever
+    that is more.
+    """
     command = [sys.executable, "-m", module, *flags, "--sheet", str(sheet)]
     sheet.unlink(missing_ok=True)
-    ended = run(command, limit)
-    figures: dict[str, Any] = {}
+    known: dict[str, Any] = {}
+
+    def look() -> None:
+        nonlocal known
+        if on_change is not None and (figures := _read(sheet)) != known:
+            on_change(known := figures)
+
+    ended = run(command, limit, {**ENVIRONMENT, **os.environ}, on_tick=look)
+    return {**_read(sheet), **ended}
+
+
+def _read(sheet: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
-        figures = json.loads(sheet.read_text("utf-8"))
-    return {**figures, **ended}
+        return dict(json.loads(sheet.read_text("utf-8")))
+    return {}
 
 
 def run(
-    command: Sequence[str], limit: float, environment: Mapping[str, str] | None = None, log: Path | None = None
-) -> dict[str, Any]:
-    """Run a command and everything that it starts for at most `limit` seconds; how it failed, empty if it did not."""
+    command: Sequence[str], limit: float, environment: Mapping[str, str] | None = None, log: Path | None = None,
+    on_tick: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Run a command and everything that it starts for at most `limit` seconds; how it failed, empty if it did not.
+
+    `on_tick` is called every second.
+    """
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log.open("w")) if log else None
@@ -87,15 +110,23 @@ def run(
             stderr=subprocess.STDOUT if output else None, preexec_fn=_end_with_parent,  # noqa: PLW1509 - no threads here
         )  # fmt: skip
         try:
-            code: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
+            code = _wait(process, limit, on_tick)
         finally:
             _end(process)
             _wait_until_freed()
     if code is None:
         return {"error": f"not done after {limit:g} s"}
     return {"error": f"exit code {code} after {time.perf_counter() - began:.0f} s"} if code else {}
+
+
+def _wait(process: subprocess.Popen[bytes], limit: float, on_tick: Callable[[], None]) -> int | None:
+    """The exit code, or None after `limit` seconds."""
+    until = time.monotonic() + limit
+    while (left := until - time.monotonic()) > 0:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(min(left, TICK_SECONDS))
+        on_tick()
+    return None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -26,6 +26,7 @@ from benchmarks.gpu.load import (
 from benchmarks.gpu.session import ROOT, Sheet
 
 BUNDLE = ROOT / ".peer"
+PARTS = ("first_token", "decode", "prefill", "mixed")
 FROM_PICTURES = (64, 256)
 """Batches whose requests are also timed from the picture on, as they are where ours are served."""
 
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.vllm_arm", description=__doc__)
     parser.add_argument("--geometry", default="llava-1.5-7b")
     parser.add_argument("--batches", type=lambda text: tuple(map(int, text.split(","))), default=BATCHES)
+    parser.add_argument("--parts", type=lambda text: tuple(text.split(",")), default=PARTS)
     parser.add_argument("--repeats", type=int, default=3, help="of the prefill (default 3)")
     parser.add_argument("--utilization", type=float, default=0.9)
     parser.add_argument("--sheet", type=Path, required=True)
@@ -44,11 +46,14 @@ def main(argv: list[str] | None = None) -> int:
     if not sheet.measure("boot", arm.boot):
         return 1
     sheet.measure("warm_up", arm.warm_up)
-    sheet.measure("first_token", arm.first_token)
-    for batch in options.batches:
+    if "first_token" in options.parts:
+        sheet.measure("first_token", arm.first_token)
+    for batch in options.batches if "decode" in options.parts else ():
         sheet.measure(f"decode_{batch}", lambda b=batch: arm.decode(b))
-    sheet.measure("prefill", lambda: arm.prefill(options.repeats))
-    sheet.measure("mixed", arm.mixed)
+    if "prefill" in options.parts:
+        sheet.measure("prefill", lambda: arm.prefill(options.repeats))
+    if "mixed" in options.parts:
+        sheet.measure("mixed", arm.mixed)
     return 0
 
 

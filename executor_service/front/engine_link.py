@@ -29,6 +29,12 @@ from executor_service.front.engine_outbox import EngineOutbox
 
 ENGINE_MODULE: Final = "executor_service.engine.process"
 """What runs in the engine process; another module may that speaks the same messages."""
+ENVIRONMENT: Final = {"OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""Of an engine, where nobody has set it otherwise.
+
+Between its steps an OpenMP thread that spins takes the cores from everything else on the host. Segments that grow keep
+a GPU's memory whole between tensors of changing sizes.
+"""
 
 
 class EngineLink:
@@ -142,13 +148,10 @@ class EngineLink:
 
 def _spawn(module: str, connection_fd: int, arena: Arena) -> subprocess.Popen[bytes]:
     """The engine imports what this process can import; its prints go where logs go."""
-    # Between its steps an OpenMP thread that spins takes the cores from everything else on the host. Segments that
-    # grow keep a GPU's memory whole between tensors of changing sizes.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
     return subprocess.Popen(  # noqa: S603 - our own module
         [sys.executable, "-m", module, str(connection_fd), str(arena.fd), str(arena.num_bytes)],
         pass_fds=(connection_fd, arena.fd),
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr.fileno(),
-        env={**environment, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env={**ENVIRONMENT, **os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )

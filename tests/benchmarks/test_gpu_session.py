@@ -12,7 +12,8 @@ import pytest
 
 from benchmarks.gpu import session
 from benchmarks.gpu.peers import compare
-from benchmarks.gpu.served import IN_PROCESS, ONE, ratios
+from benchmarks.gpu.served import ratios
+from benchmarks.gpu.served_arms import IN_PROCESS, ONE
 from benchmarks.gpu.session import Sheet, run
 
 
