@@ -18,7 +18,7 @@ from diptych.service.beginning import process_began
 from executor_service.engine.messages import BootProgress
 from executor_service.engine.stages import Stages
 from executor_service.kernels.cuda import ahead
-from executor_service.kernels.cuda.code import MachineCode
+from executor_service.kernels.cuda.code import KernelLoadError, MachineCode, sources
 from executor_service.models import weights
 from executor_service.models.weights import WeightReader
 
@@ -89,6 +89,26 @@ def test_machine_code_that_was_begun_is_not_made_again(monkeypatch: pytest.Monke
     assert ahead.code_of("silu_mul", (8, 0)).cubin == b"late"
     monkeypatch.setattr(ahead, "_BEGUN", [])
     assert ahead.code_of("silu_mul", (9, 0)).cubin == b"late"
+
+
+def test_every_kernel_is_begun_and_an_error_waits_for_whoever_needs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts: list[int] = []
+
+    def make(source: str, capability: tuple[int, int]) -> MachineCode:
+        if source == "silu_mul":
+            raise KernelLoadError("does not compile")
+        return MachineCode(source.encode(), "compiled")
+
+    monkeypatch.setattr(ahead, "_BEGUN", [])
+    monkeypatch.setattr(ahead, "_first_gpu", lambda: (3, (9, 0)))
+    monkeypatch.setattr(ahead, "_make_context", contexts.append)
+    monkeypatch.setattr(ahead, "machine_code", make)
+    ahead.begin()
+    assert {source for source, _ in ahead._BEGUN[0].result(10)} == set(sources())
+    assert ahead.code_of("rms_norm", (9, 0)).cubin == b"rms_norm"
+    assert contexts == [3]
+    with pytest.raises(KernelLoadError, match="does not compile"):
+        ahead.code_of("silu_mul", (9, 0))
 
 
 def test_without_a_gpu_nothing_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:

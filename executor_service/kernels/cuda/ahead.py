@@ -40,9 +40,9 @@ def _begin(begun: Future[Codes]) -> None:
     with contextlib.suppress(Exception):  # no driver, no GPU: whoever needs one will say so
         device, capability = _first_gpu()
         compilers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="kernels-ahead")
+        compilers.submit(_make_context, device)
         for source in sources():
             codes[source, capability] = compilers.submit(machine_code, source, capability)
-        compilers.submit(_make_context, device)
     begun.set_result(codes)
 
 
