@@ -21,6 +21,7 @@ from benchmarks.results import make_parser, spread, write_result
 from executor_service.engine.messages import SamplingParams
 from executor_service.engine.request import Request
 from executor_service.engine.sampling_slots import SamplingSlots
+from executor_service.kernels.cuda.module import num_multiprocessors
 from executor_service.kernels.sample import SAMPLE
 
 ROWS: Final = {32_064: (1, 16, 64, 128, 256), 128_256: (1, 64, 256)}
@@ -73,14 +74,17 @@ def measure(kind: str, num_rows: int, vocabulary: int, ceilings: Ceilings) -> di
     kinds = list(KINDS.values()) if kind == MIXED else [KINDS[kind]]
     requests = [request(number, values) for number, values in enumerate(islice(cycle(kinds), num_rows))]
     slots = SamplingSlots(torch.device("cuda"), num_rows, vocabulary, frozenset({2}))
-    places = torch.tensor(slots.prepare(requests)).cuda()
+    taken = slots.prepare(requests)
+    places = torch.tensor(taken).cuda()
     numbers = torch.tensor([one.num_tokens for one in requests]).cuda()
     num_penalized = sum(one.sampling.has_penalties for one in requests)
     num_bytes = 2 * num_rows * vocabulary + num_penalized * (2 * vocabulary + vocabulary // 8)
     inputs = rotating_copies(lambda: (3 * torch.randn((num_rows, vocabulary), device="cuda", dtype=torch.bfloat16),),
                              2 * num_rows * vocabulary)  # fmt: skip
+    order = slots.order(taken, num_multiprocessors(0))
+    begun = None if order is None else torch.from_numpy(order).cuda()
     op = SAMPLE.direct("cuda")
-    ours = seconds_each([lambda a=arguments: op(*a, places, numbers, *slots.tables) for arguments in inputs])
+    ours = seconds_each([lambda a=arguments: op(*a, places, numbers, begun, *slots.tables) for arguments in inputs])
     floor, median = ceilings.floor(num_bytes, 0), statistics.median(ours)
     figures: dict[str, object] = {
         "microseconds": spread([1e6 * value for value in ours]), "floor_microseconds": 1e6 * floor,

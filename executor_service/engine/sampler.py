@@ -17,7 +17,7 @@ from executor_service.engine.messages import TokenLogprobs
 from executor_service.engine.request import Request
 from executor_service.engine.sampling_slots import SamplingSlots
 from executor_service.engine.transfers import HostCopy, to_device
-from executor_service.kernels.sample import Sampled, sample
+from executor_service.kernels.sample import Sampled, rows_at_once, sample
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class Sampler:
         eos_token_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._device = device
+        self._at_once = rows_at_once(device)
         self.slots = SamplingSlots(device, max_num_seqs, vocab_size, eos_token_ids)
 
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> PendingTokens:
@@ -92,8 +93,11 @@ class Sampler:
         if not requests:
             return PendingTokens.none(self._device)
         slots = self.slots.prepare(requests)
-        step = to_device(np.array([slots, [request.num_expected_tokens for request in requests]]), self._device)
-        sampled = sample(logits, step[0], step[1], self.slots.tables)
+        step = [slots, [request.num_expected_tokens for request in requests]]
+        if self._at_once is not None and (order := self.slots.order(slots, self._at_once)) is not None:
+            step.append(order.tolist())
+        places, numbers, *orders = to_device(np.array(step), self._device)
+        sampled = sample(logits, places, numbers, self.slots.tables, *orders)
         return PendingTokens(sampled, [request.sampling.logprobs for request in requests], logits.shape[-1])
 
     def release(self, request_id: int) -> None:

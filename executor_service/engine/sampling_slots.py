@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch
 from executor_service.engine.request import Request
 from executor_service.engine.token_counts import TokenCounts
 from executor_service.engine.transfers import copy_to
-from executor_service.kernels.sample import Integer, Real, SamplingTables
+from executor_service.kernels.sample import Integer, Real, SamplingTables, cost_of, longest_first
 
 MAX_BIASES: Final = 1024
 """Of one request, as `SamplingParams.logit_bias` in the protocol."""
@@ -51,6 +51,7 @@ class SamplingSlots:
             prompt_seen=self.counts.prompt_seen,
             output_counts=self.counts.output_counts,
         )
+        self._costs = np.zeros(num_slots, dtype=np.int64)
         self._slots: dict[int, _Slot] = {}
         self._free = list(range(num_slots - 1, -1, -1))
 
@@ -67,6 +68,10 @@ class SamplingSlots:
             elif slot.changes:
                 self._follow(slot)
         return [slot.index for slot in slots if slot is not None]
+
+    def order(self, slots: Sequence[int], at_once: int) -> np.ndarray | None:
+        """The order in which the rows of a step begin best if so many of them run at once; None: any."""
+        return longest_first(self._costs[slots], at_once)
 
     def release(self, request_id: int) -> None:
         """Forget a request; nothing happens if it has no slot."""
@@ -110,7 +115,7 @@ class SamplingSlots:
         banned, held_back = constraints.banned(request.output_token_ids), constraints.held_back(self._eos_token_ids)
         if num_bans := len(banned) + len(held_back):
             copy_to(self.tables.ban_ids[index, :num_bans], np.concatenate([banned, held_back]).astype(np.int32))
-        integers = {
+        integers: dict[Integer, Any] = {
             Integer.SEED: np.uint64(sampling.seed).astype(np.int64),
             Integer.TOP_K: sampling.top_k,
             Integer.NUM_LOGPROBS: -1 if sampling.logprobs is None else sampling.logprobs,
@@ -120,4 +125,5 @@ class SamplingSlots:
             Integer.NUM_HELD_BACK: len(held_back),
             Integer.HELD_BACK_UNTIL: request.num_prompt_tokens + sampling.min_tokens,
         }
+        self._costs[index] = cost_of(sampling.temperature, sampling.top_p, integers)
         copy_to(self.tables.integers[index], np.array([integers[column] for column in Integer], dtype=np.int64))

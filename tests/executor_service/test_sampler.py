@@ -22,6 +22,7 @@ from transformers import (
 from executor_service.engine.messages import SamplingParams
 from executor_service.engine.request import Request
 from executor_service.engine.sampler import SampledTokens, Sampler
+from executor_service.engine.sampling_slots import SamplingSlots
 from executor_service.kernels import sample as sample_op
 from executor_service.kernels.logits import Filters, filtered_probabilities
 from executor_service.kernels.random_numbers import philox, uniform_numbers
@@ -276,5 +277,19 @@ def test_the_op_is_what_its_schema_says() -> None:
     batch = [request(n, params(seed=n, logprobs=20, **kind), PROMPT, OUTPUT) for n, kind in enumerate(({}, ALL))]
     sampler = Sampler(CPU, 3, VOCABULARY, frozenset({EOS}))
     slots = torch.tensor(sampler.slots.prepare(batch))
-    arguments = (logits(2), slots, torch.tensor([11, 11]), *sampler.slots.tables)
-    torch.library.opcheck(torch.ops.diptych.sample.default, arguments)
+    for order in (None, torch.tensor([1, 0])):
+        arguments = (logits(2), slots, torch.tensor([11, 11]), order, *sampler.slots.tables)
+        torch.library.opcheck(torch.ops.diptych.sample.default, arguments)
+
+
+def test_rows_begin_with_the_longest() -> None:
+    """Where there are more than begin at once and they differ; rows that cost the same stay in their order."""
+    slots = SamplingSlots(CPU, 8, VOCABULARY)
+    configs = [params(temperature=0.0), params(top_p=0.5), params(temperature=0.0, logprobs=3), params(top_k=5),
+               params(temperature=0.0), params(top_k=1000, top_p=0.5, presence_penalty=1.0), params()]  # fmt: skip
+    taken = slots.prepare([request(n, config, [1]) for n, config in enumerate(configs)])
+    order = slots.order(taken, 6)
+    assert order is not None
+    assert order.tolist() == [5, 1, 3, 2, 6, 0, 4]
+    assert slots.order(taken, 7) is None
+    assert slots.order([taken[0], taken[4]], 1) is None

@@ -53,24 +53,6 @@ struct Parameters {
 
 __shared__ Parameters parameters;
 
-// About how long a request's row takes, in units of a few microseconds.
-__device__ __forceinline__ int cost_of(const double* reals, const long long* integers) {
-    const bool is_drawn = reals[kTemperature] > 0, is_cut = is_drawn && reals[kTopP] < 1;
-    const bool is_changed = integers[kHasPenalties] || integers[kNumBiases] || integers[kNumBans];
-    const long long top_k = is_drawn ? integers[kTopK] : 0;
-    const int cut = top_k > 0 && top_k <= kMaxBestOfThreads ? 1 : (top_k > 0 ? 3 : 0) + (is_cut ? 4 : 0);
-    return (integers[kNumLogprobs] >= 0 ? 2 : 0) + (is_changed ? 3 : 0) + (is_drawn ? 2 : 0) + cut;
-}
-
-// Which row this block has if the longest begin first: then what is left at the end is short, and ends together.
-__device__ __noinline__ int row_by_cost(const long long* slots, const Tables& tables) {
-    int cost = 0;
-    const bool is_row = threadIdx.x < gridDim.x;
-    const long long slot = is_row ? slots[threadIdx.x] : -1;
-    if (slot >= 0) cost = cost_of(tables.reals + slot * kNumReals, tables.integers + slot * kNumIntegers);
-    return nth_by_cost(is_row, cost, blockIdx.x);
-}
-
 __device__ __forceinline__ void prefetch(const void* address) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
@@ -282,10 +264,10 @@ __device__ __noinline__ int draw_token(float* lent, int width, Best best, float 
 template <typename T, bool kInShared>
 __device__ __forceinline__ void sample_row(
     const T* all_logits, int width, const long long* slots, const long long* numbers, const Tables& tables,
-    float* lent, long long* token_ids, double* logprobs, int* top_ids, int max_logprobs, bool is_ordered) {
+    const long long* order, float* lent, long long* token_ids, double* logprobs, int* top_ids, int max_logprobs) {
     wait_for_previous();
     let_next_begin();
-    const long long row = is_ordered ? row_by_cost(slots, tables) : blockIdx.x;
+    const long long row = order == nullptr ? blockIdx.x : order[blockIdx.x];
     const T* logits = all_logits + row * width;
     const Pack<T, kWide<T>> first = first_pack(logits, width);
     const int slot = slots[row];
@@ -334,15 +316,15 @@ __device__ __forceinline__ void sample_row(
 
 #define KERNEL(NAME, T, PLACE, IN_SHARED)                                                                           \
     extern "C" __global__ void __launch_bounds__(kThreads, 1) sample_##NAME##_##PLACE(                                 \
-        const T* logits, const long long* slots, const long long* numbers, const double* reals,                     \
-        const long long* integers, const int* bias_ids, const double* bias_values, const int* ban_ids,              \
-        const unsigned char* prompt_seen, short* output_counts, float* lent, long long* token_ids,                  \
-        double* logprobs, int* top_ids, int width, int max_biases, int max_bans, int seen_bytes, int counts_width,  \
-        int max_logprobs, int is_ordered) {                                                                         \
+        const T* logits, const long long* slots, const long long* numbers, const long long* order,                  \
+        const double* reals, const long long* integers, const int* bias_ids, const double* bias_values,             \
+        const int* ban_ids, const unsigned char* prompt_seen, short* output_counts, float* lent,                    \
+        long long* token_ids, double* logprobs, int* top_ids, int width, int max_biases, int max_bans,              \
+        int seen_bytes, int counts_width, int max_logprobs) {                                                       \
         const Tables tables = {reals, integers, bias_ids, bias_values, ban_ids, prompt_seen, output_counts,         \
                                max_biases, max_bans, seen_bytes, counts_width};                                     \
-        sample_row<T, IN_SHARED>(logits, width, slots, numbers, tables, lent, token_ids, logprobs, top_ids,         \
-                                 max_logprobs, is_ordered);                                                         \
+        sample_row<T, IN_SHARED>(logits, width, slots, numbers, tables, order, lent, token_ids, logprobs, top_ids,  \
+                                 max_logprobs);                                                                     \
     }
 #define PLACES(NAME, T)           \
     KERNEL(NAME, T, shared, true) \

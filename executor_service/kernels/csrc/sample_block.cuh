@@ -7,7 +7,6 @@ constexpr int kThreads = 1024, kWarps = kThreads / 32, kBins = 2 * kThreads, kMa
 constexpr int kGroup = 128;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kNoToken = 0x7fffffff;
-constexpr int kMaxCost = 16;  // of rows, not reached
 
 using uint64 = unsigned long long;
 
@@ -130,25 +129,6 @@ __device__ __forceinline__ void locate(uint64 before, uint64 first, uint64 secon
 
 __device__ __forceinline__ uint64 amount_at(int place) {
     return static_cast<uint64>(shared.high[place]) << 32 | shared.low[place];
-}
-
-// The thread that is number `place` in the order of falling costs and, among equals, of threads; of those that count.
-__device__ __forceinline__ int nth_by_cost(bool counts, int cost, int place) {
-    for (int each = 0; each < kMaxCost; ++each) {
-        const unsigned alike = __ballot_sync(kAllLanes, counts && cost == each);
-        if (lane_of() == 0) shared.low[(kMaxCost - 1 - each) * kWarps + warp_of()] = __popc(alike);
-    }
-    const unsigned alike = __match_any_sync(kAllLanes, counts ? cost : -1);
-    __syncthreads();
-    const uint64 amount = threadIdx.x < kMaxCost * kWarps ? shared.low[threadIdx.x] : 0;
-    locate(sum_before(amount).before, amount, 0, place + 1);
-    const int found = shared.place / 2;
-    const bool is_mine = counts && cost == kMaxCost - 1 - found / kWarps && warp_of() == found % kWarps &&
-                         __popc(alike & ((1u << lane_of()) - 1)) + 1 == shared.left;
-    __syncthreads();
-    if (is_mine) shared.place = threadIdx.x;
-    __syncthreads();
-    return shared.place;
 }
 
 // Where a variable is in shared memory. It is worked out once: the compiler would do it again in every branch.

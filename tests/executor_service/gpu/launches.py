@@ -179,7 +179,7 @@ def launch_paged_prefill_attention() -> Iterator[object]:
 
 
 def launch_sample() -> Iterator[object]:
-    """Any mixture of parameters: rows in shared memory and in lent memory, equal logits, more rows than processors."""
+    """Any mixture of parameters: rows in shared memory and in lent memory, equal logits, in any order."""
     rng = np.random.default_rng(0)
     for dtype, (num_rows, vocabulary), spread in [
         *product(DTYPES, [(7, 1003), (5, 4096)], [3.0, 0.0]), *product(HALVES, [(3, 60_001), (150, 50)], [3.0]),
@@ -190,7 +190,8 @@ def launch_sample() -> Iterator[object]:
         chosen[1] = -1
         numbers = torch.tensor([request.num_tokens for request in requests])
         logits = (torch.randn((num_rows, vocabulary), generator=RANDOM) * spread).to(dtype).to(DEVICE)
-        yield sample(logits, chosen.to(DEVICE), numbers.to(DEVICE), slots.tables).token_ids
+        for order in (None, torch.randperm(num_rows, generator=RANDOM).to(DEVICE)):
+            yield sample(logits, chosen.to(DEVICE), numbers.to(DEVICE), slots.tables, order).token_ids
 
 
 LAUNCHES: Final[dict[tuple[str, ...], Callable[[], Iterator[object]]]] = {

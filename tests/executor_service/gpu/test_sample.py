@@ -52,11 +52,14 @@ def test_large_vocabularies(vocabulary: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_many_rows(dtype: torch.dtype) -> None:
-    """More rows than multiprocessors."""
+    """More rows than multiprocessors, in their own order and in another one."""
     check_rows(300, 2000, 2.0, dtype, 1)
+    check_rows(300, 2000, 2.0, dtype, 2, torch.randperm(300))
 
 
-def check_rows(num_rows: int, vocabulary: int, spread: float, dtype: torch.dtype, seed: int) -> None:
+def check_rows(
+    num_rows: int, vocabulary: int, spread: float, dtype: torch.dtype, seed: int, order: torch.Tensor | None = None
+) -> None:
     rng = np.random.default_rng(seed)
     requests = [random_request(number, vocabulary, rng) for number in range(num_rows)]
     slots, tables = prepared(requests, num_rows + 1, vocabulary)
@@ -65,7 +68,9 @@ def check_rows(num_rows: int, vocabulary: int, spread: float, dtype: torch.dtype
     before = SamplingTables(*(table.cpu() for table in tables))
     counts = tables.output_counts.cpu()
     poison()
-    token_ids, logprobs, top_ids = (part.cpu() for part in sample(logits, slots, numbers_of(requests), tables))
+    order = None if order is None else order.cuda()
+    sampled = sample(logits, slots, numbers_of(requests), tables, order)
+    token_ids, logprobs, top_ids = (part.cpu() for part in sampled)
     for row, slot in enumerate(slots.tolist()):
         token = int(token_ids[row])
         if slot < 0:
@@ -153,7 +158,7 @@ def test_draws_follow_the_distribution() -> None:
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
-    """Nor on how many rows there are: of more than run at once the longest begin."""
+    """Nor on how many rows there are, nor on which of them begin."""
     rng = np.random.default_rng(3)
     requests = [random_request(number, 32_064, rng) for number in range(150)]
     logits = (random((150, 32_064), torch.float32, 5) * 3).bfloat16()
@@ -165,6 +170,20 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
         rows = order.cuda()
         some = sample(logits[rows], slots[rows], numbers_of(requests)[rows], tables).token_ids.tolist()
         assert some == [together[row] for row in order.tolist()]
+    for order in (torch.randperm(150), torch.arange(149, -1, -1)):
+        tables.output_counts.copy_(start)
+        assert sample(logits, slots, numbers_of(requests), tables, order.cuda()).token_ids.tolist() == together
+
+
+def test_the_sampler_begins_with_the_longest_rows() -> None:
+    """More rows than run at once, of all kinds: the tokens of requests that come one by one."""
+    num_rows = torch.cuda.get_device_properties(0).multi_processor_count + 20
+    batches = [[random_request(n, 999, rng) for n in range(num_rows)] for rng in map(np.random.default_rng, (5, 5))]
+    logits = (random((num_rows, 999), torch.float32, 6) * 3).bfloat16()
+    together, alone = (Sampler(CUDA, num_rows, 999, EOS) for _ in "ab")
+    assert together.slots.order(together.slots.prepare(batches[0]), num_rows - 20) is not None
+    expected = [alone.sample(logits[n : n + 1], [one]).result().token_ids[0] for n, one in enumerate(batches[1])]
+    assert together.sample(logits, batches[0]).result().token_ids == expected
 
 
 def test_replayed_graph_takes_new_inputs() -> None:
@@ -221,4 +240,5 @@ def test_opcheck() -> None:
         object.__setattr__(request.sampling, "logprobs", 20)
     slots, tables = prepared(requests, 5, 300)
     arguments = (random((5, 300), torch.bfloat16, 0), slots, numbers_of(requests), *tables)
-    torch.library.opcheck(torch.ops.diptych.sample.default, arguments)
+    for order in (None, torch.tensor([3, 1, 4, 0, 2]).cuda()):
+        torch.library.opcheck(torch.ops.diptych.sample.default, (*arguments[:3], order, *arguments[3:]))
