@@ -28,7 +28,7 @@ WIDTH = 4096
 GEOMETRIES = {"llama-7b": (3 * WIDTH, 11008), "mistral-7b": (WIDTH + 2 * 1024, 14336)}
 """Rows of the qkv matrix, and the MLP's inner width."""
 VOCABULARY = 32064
-ROWS = (1, 2, 4, 8, 16, 32, 64)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 REPLAYS = 5
 
 Layer = tuple[Tensor, Tensor, Tensor, Tensor]

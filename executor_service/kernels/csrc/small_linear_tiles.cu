@@ -1,14 +1,14 @@
 // x @ weight^T for 17 to 128 rows of x on Hopper: the weights stream once from memory to the tensor cores.
 //
-// A tile is 128 rows of the weight, the left operand of wgmma; the rows of x are its columns. One warp asks for weights,
-// 64 columns of a tile at a time, into a ring in shared memory, one for x into a ring of its own, and two warpgroups have
-// 64 rows of the tile each. All steps of all tiles are cut into equal ranges, one per multiprocessor; a tile that lies in
-// several is added up in the order of its columns (small_linear_tiles.cuh). Clusters of blocks have tiles side by side
-// and fetch each a part of x for all. Which steps a block has depends on the weight alone, so a row's result depends
-// neither on the other rows nor on how many there are.
+// A tile is 128 rows of the weight, the left operand of wgmma; the rows of x are its columns. Each cluster of four
+// blocks has an equal range of rows of the weight, each block a quarter of the columns; behind a tile's last column they
+// add up through each other's shared memory (small_linear_tiles.cuh). In a block one warp asks for weights, 64 columns
+// of a tile at a time, into a ring in shared memory, one for x into a ring of its own, and two warpgroups have 64 rows
+// of the tile each. Which columns a block has depends on their number alone, so a row's result depends neither on the
+// other rows nor on how many there are.
 //
-// A block takes nearly all shared memory, so the next kernel's takes its place the moment it ends, and fills its ring of
-// weights before it waits for the slowest block of this kernel.
+// A block takes nearly all shared memory, so the next kernel's takes its place the moment it ends, and fills its ring
+// of weights before it waits for the slowest block of this kernel. Room is left for blocks of a small kernel in between.
 #include "dependent.cuh"
 #include "small_linear_tiles.cuh"
 
@@ -18,12 +18,10 @@ constexpr int kConsumers = 8;
 constexpr int kThreads = 32 * (kConsumers + 2);
 
 struct Arguments {
-    const TensorMap *weight_map, *x_map;
+    const TensorMap *weight_map, *rest_map, *x_map;  // of whole tiles, of what a range has beyond them
     const void *bias, *residual;
     void* out;
-    float* sums;
-    int* flags;
-    int rows, features, steps, cluster, num_stages, num_x_stages, burst;
+    int rows, features, range, steps, num_stages, num_x_stages;  // features of a cluster, steps of a block and tile
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -67,46 +65,36 @@ __device__ __forceinline__ void turn_to_parts(unsigned (&parts)[4], const unsign
 }
 
 template <typename T, int kRows, bool kGated> struct Product {
-    static constexpr int kCount = kRows / 2;  // sums of a thread
     static constexpr int kUnits = kGated ? kTileRows / 2 : kTileRows;
-    // A warp has 16 rows of the tile: 16 features, or 8 and what they gate. It stores four matrices of 8 features x 8 rows
-    // of x at a time.
+    using Sums = Exchange<kRows / 8>;
+    // A warp has 16 rows of the tile: 16 features, or 8 and what they gate. It stores four matrices of 8 features x 8
+    // rows of x at a time.
     static constexpr int kWarpUnits = kUnits / kConsumers;
-    static constexpr int kChunkRows = kGated ? 32 : 16;
-    static constexpr int kChunks = (kRows + kChunkRows - 1) / kChunkRows;
+    static constexpr int kChunkGroups = kGated ? 4 : 2;
+    static constexpr int kChunks = (Sums::kOwn + kChunkGroups - 1) / kChunkGroups;
 
     const Arguments& arguments;
-    const Share share;
-    const unsigned rank;
+    const int rank, begin, end;  // the cluster's features
     Ring weights, inputs;
+    Sums exchange;
     unsigned scratch;
 
-    __device__ int first_unit(int step) const {
-        return (step / share.steps * arguments.cluster + static_cast<int>(rank)) * kUnits;
-    }
-    __device__ int column(int step) const { return step % share.steps * kColumns; }
+    __device__ int column(int step) const { return (rank * arguments.steps + step) * kColumns; }
 
     // --- the two producers, a lane each ---
 
     __device__ void produce_weights() {
         const unsigned long long policy = read_once_policy();
-        Ring free = weights;
-        for (int step = share.begin; step < share.end;) {
-            const int count = min(arguments.burst, share.end - step);
+        for (int first = begin; first < end; first += kUnits) {
+            const int units = min(kUnits, begin + arguments.range - first);
+            const TensorMap* map = units == kUnits ? arguments.weight_map : arguments.rest_map;
 #pragma unroll 1
-            for (int i = 0; i < count; ++i) {
-                wait_for_phase(free.empty_here(), free.parity ^ 1);
-                free.advance();
-            }
-#pragma unroll 1
-            for (int i = 0; i < count; ++i, ++step) {
+            for (int step = 0; step < arguments.steps; ++step) {
+                wait_for_phase(weights.empty_here(), weights.parity ^ 1);
                 const unsigned to = weights.here(), barrier = weights.full_here();
-                arrive_expecting(barrier, kTileBytes);
-                if constexpr (kGated) {
-                    copy_groups(to, arguments.weight_map, column(step), first_unit(step) / 8, barrier, policy);
-                } else {
-                    copy_box(to, arguments.weight_map, column(step), first_unit(step), barrier, policy);
-                }
+                arrive_expecting(barrier, units * (kTileRows / kUnits) * kRowBytes);
+                if constexpr (kGated) copy_groups(to, map, column(step), first / 8, barrier, policy);
+                else copy_box(to, map, column(step), first, barrier, policy);
                 weights.advance();
             }
         }
@@ -114,35 +102,30 @@ template <typename T, int kRows, bool kGated> struct Product {
 
     __device__ void produce_inputs() {
         const unsigned long long policy = keep_policy();
-        const int box_rows = static_cast<int>(inputs.stride) / kRowBytes / arguments.cluster;
-        const unsigned blocks = (1u << arguments.cluster) - 1;
+        for (int first = begin; first < end; first += kUnits) {
 #pragma unroll 1
-        for (int step = share.begin; step < share.end; ++step) {
-            wait_for_phase(inputs.empty_here(), inputs.parity ^ 1);
-            const int first = static_cast<int>(rank) * box_rows;
-            const unsigned to = inputs.here() + first * kRowBytes, barrier = inputs.full_here();
-            arrive_expecting(barrier, inputs.stride);
-            if (arguments.cluster == 1) {
-                copy_box(to, arguments.x_map, column(step), first, barrier, policy);
-            } else {
-                copy_box_to_all(to, arguments.x_map, column(step), first, barrier, blocks, policy);
+            for (int step = 0; step < arguments.steps; ++step) {
+                wait_for_phase(inputs.empty_here(), inputs.parity ^ 1);
+                arrive_expecting(inputs.full_here(), inputs.stride);
+                copy_box(inputs.here(), arguments.x_map, column(step), 0, inputs.full_here(), policy);
+                inputs.advance();
             }
-            inputs.advance();
         }
     }
 
     // --- the consumers ---
 
-    float sums[kCount];
+    float sums[kRows / 2];
+    float own[Sums::kOwn * 4];
 
     __device__ static int lane() { return threadIdx.x % 32; }
-    // The same for all lanes, which the compiler cannot know: products want their operands' places in uniform registers.
+    // The same for all lanes, which the compiler cannot know: products want operands' places in uniform registers.
     __device__ static int group() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0); }
 
-    __device__ void multiply(int count) {
+    __device__ void multiply() {
         const unsigned half = group() * (kTileBytes / 2);
 #pragma unroll 1
-        for (int i = 0; i < count; ++i) {
+        for (int i = 0; i < arguments.steps; ++i) {
             wait_for_phase(inputs.full_here(), inputs.parity);
             wait_for_phase(weights.full_here(), weights.parity);
             const unsigned long long a = descriptor(weights.here() + half), b = descriptor(inputs.here());
@@ -151,8 +134,10 @@ template <typename T, int kRows, bool kGated> struct Product {
             for (int k = 0; k < kColumns / 16; ++k) multiply_shared(T(), sums, a + 2 * k, b + 2 * k, i > 0 || k > 0);
             commit_products();
             wait_for_products();
-            if (lane() == 0) arrive(weights.empty_here());
-            if (lane() < arguments.cluster) arrive_at_rank(inputs.empty_here(), lane());
+            if (lane() == 0) {
+                arrive(weights.empty_here());
+                arrive(inputs.empty_here());
+            }
             weights.advance();
             inputs.advance();
         }
@@ -165,9 +150,9 @@ template <typename T, int kRows, bool kGated> struct Product {
         bool exists;
     };
     __device__ Place place(int first, int chunk) const {
-        const int matrix = lane() / 8, block = kGated ? matrix : matrix / 2, half = kGated ? 0 : matrix % 2;
-        const int row = chunk * kChunkRows + block * 8 + lane() % 8, feature = first + half * 8;
-        return {row, feature, row < arguments.rows && feature < arguments.features};
+        const int matrix = lane() / 8, number = chunk * kChunkGroups + (kGated ? matrix : matrix / 2);
+        const int row = (number * kSplits + rank) * 8 + lane() % 8, feature = first + (kGated ? 0 : matrix % 2 * 8);
+        return {row, feature, number < Sums::kOwn && row < arguments.rows && feature < end};
     }
     __device__ long long offset(const Place& at) const {
         return static_cast<long long>(at.row) * arguments.features + at.feature;
@@ -196,21 +181,21 @@ template <typename T, int kRows, bool kGated> struct Product {
 
     __device__ float bias_of(int feature) const {
         const T* bias = static_cast<const T*>(arguments.bias);
-        return bias && feature < arguments.features ? to_float(bias[feature]) : 0.0f;
+        return bias && feature < end ? to_float(bias[feature]) : 0.0f;
     }
 
     __device__ void put_plain(const Chunks& residual, int first) const {
         const float biases[2] = {bias_of(first + lane() / 4), bias_of(first + lane() / 4 + 8)};
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk) {
-            if (chunk * kChunkRows >= arguments.rows) break;
             unsigned parts[4];
             turn_to_parts(parts, residual[chunk], scratch);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const float* from = sums + (chunk * 2 + i / 2) * 4 + i % 2 * 2;
-                parts[i] = pair<T>(from[0] + (biases[i % 2] + element_of<T>(parts[i], 0)),
-                                   from[1] + (biases[i % 2] + element_of<T>(parts[i], 1)));
+                const int at = (chunk * 2 + i / 2) * 4 + i % 2 * 2;
+                if (at >= Sums::kOwn * 4) break;
+                parts[i] = pair<T>(own[at] + (biases[i % 2] + element_of<T>(parts[i], 0)),
+                                   own[at + 1] + (biases[i % 2] + element_of<T>(parts[i], 1)));
             }
             store_chunk(parts, first, chunk);
         }
@@ -224,88 +209,78 @@ template <typename T, int kRows, bool kGated> struct Product {
     __device__ void put_gated(int first) const {
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk) {
-            if (chunk * kChunkRows >= arguments.rows) break;
             unsigned parts[4] = {};
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                if ((chunk * 4 + i) * 4 >= kCount) break;
-                const float* from = sums + (chunk * 4 + i) * 4;
-                parts[i] = pair<T>(gated(from[0], from[2]), gated(from[1], from[3]));
+                const int at = (chunk * 4 + i) * 4;
+                if (at >= Sums::kOwn * 4) break;
+                parts[i] = pair<T>(gated(own[at], own[at + 2]), gated(own[at + 1], own[at + 3]));
             }
             store_chunk(parts, first, chunk);
         }
     }
 
-    // The tile's other steps are with the ranges up to the one that has its last.
-    __device__ void add_others(const Leftovers<kCount, 32 * kConsumers>& leftovers, int tile_end) {
-        const int count = share.last_of(tile_end) - share.index, cluster = arguments.cluster;
-        if (count) leftovers.add(sums, static_cast<int>(blockIdx.x) - cluster, -cluster, count);
-    }
-
     __device__ void consume() {
-        const Leftovers<kCount, 32 * kConsumers> leftovers{arguments.sums, arguments.flags, (arguments.rows + 7) / 8};
-        for (int step = share.begin; step < share.end;) {
-            const int tile_begin = step - step % share.steps, tile_end = tile_begin + share.steps;
-            const int end = min(share.end, tile_end), first = first_unit(step) + threadIdx.x / 32 * kWarpUnits;
-            const bool is_owner = step == tile_begin;
+        for (int tile = begin; tile < end; tile += kUnits) {
+            const int first = tile + threadIdx.x / 32 * kWarpUnits;
             Chunks residual;
-            if (!kGated && is_owner) fetch_residual(residual, first);
-            multiply(end - step);
-            if (!is_owner) {
-                leftovers.leave(sums, blockIdx.x);
-            } else {
-                if (end < tile_end) add_others(leftovers, tile_end);
-                if constexpr (kGated) put_gated(first);
-                else put_plain(residual, first);
-            }
-            step = end;
+            if (!kGated) fetch_residual(residual, first);
+            multiply();
+            exchange.add_up(own, sums, tile + kUnits >= end);
+            if constexpr (kGated) put_gated(first);
+            else put_plain(residual, first);
         }
     }
 };
 
-// Shared memory: stages of x, then of weights, the consumers' scratch, barriers. So what a product reads beyond the rows
-// of x that are there is shared memory, too; what becomes of it is not stored.
+// Shared memory: stages of x, then of weights, sums of other blocks, the consumers' scratch, barriers. So what a
+// product reads beyond the rows that a copy has brought is shared memory, too; what becomes of it is not stored.
 template <typename T, int kRows, bool kGated> __device__ __forceinline__ void run(const Arguments& arguments) {
     extern __shared__ __align__(1024) unsigned char shared[];
     using Work = Product<T, kRows, kGated>;
+    using Sums = typename Work::Sums;
     let_next_begin();
-    const int warp = threadIdx.x / 32, cluster = arguments.cluster;
-    const unsigned start = shared_address(shared), base = (start + 1023) / 1024 * 1024;
-    const unsigned x_bytes = (arguments.rows + 8 * cluster - 1) / (8 * cluster) * (8 * cluster) * kRowBytes;
-    const unsigned tiles = base + arguments.num_x_stages * x_bytes, scratch = tiles + arguments.num_stages * kTileBytes;
-    const unsigned full = scratch + kConsumers * kScratchBytes, empty = full + 8 * arguments.num_stages;
-    const unsigned x_full = empty + 8 * arguments.num_stages, x_empty = x_full + 8 * arguments.num_x_stages;
+    const int warp = threadIdx.x / 32, num_groups = (arguments.rows + 7) / 8;
+    const unsigned base = (shared_address(shared) + 1023) / 1024 * 1024, x_bytes = num_groups * 8 * kRowBytes;
+    const unsigned tiles = base + arguments.num_x_stages * x_bytes, sums = tiles + arguments.num_stages * kTileBytes;
+    const unsigned scratch = sums + kConsumers * Sums::kBytes, full = scratch + kConsumers * kScratchBytes;
+    const unsigned empty = full + 8 * arguments.num_stages, x_full = empty + 8 * arguments.num_stages;
+    const unsigned x_empty = x_full + 8 * arguments.num_x_stages, sums_full = x_empty + 8 * arguments.num_x_stages;
+    const unsigned sums_empty = sums_full + 8 * kConsumers;
     const Ring weights{tiles, kTileBytes, full, empty, arguments.num_stages, 0, 0};
     const Ring inputs{base, x_bytes, x_full, x_empty, arguments.num_x_stages, 0, 0};
     if (warp == kConsumers && elect()) {
         bring_near(arguments.weight_map);
+        bring_near(arguments.rest_map);
         bring_near(arguments.x_map);
         weights.init(kConsumers);
-        inputs.init(kConsumers * cluster);
+        inputs.init(kConsumers);
+        for (int i = 0; i < kConsumers; ++i) {
+            init_barrier(sums_full + 8 * i, 1);
+            init_barrier(sums_empty + 8 * i, kSplits - 1);
+        }
         publish_barriers();
     }
     __syncthreads();
-    if (cluster > 1) arrive_at_cluster();
-    const int units = Work::kUnits * cluster;
-    Work work{arguments, Share((arguments.features + units - 1) / units, arguments.steps, cluster), cluster_rank(),
-              weights, inputs, scratch + warp * kScratchBytes};
-    if (warp == kConsumers) {
-        if (elect()) work.produce_weights();
-        __syncwarp();
-    }
-    if (cluster > 1) wait_for_cluster();
+    arrive_at_cluster();
+    const int rank = cluster_rank(), begin = static_cast<int>(blockIdx.x) / kSplits * arguments.range;
+    Work work{arguments, rank, begin, min(begin + arguments.range, arguments.features), weights, inputs,
+              Sums{sums + warp * Sums::kBytes, sums_full + 8 * warp, sums_empty + 8 * warp, rank, num_groups, 0},
+              scratch + warp * kScratchBytes};
     if (warp < kConsumers) {
+        wait_for_cluster();
         wait_for_previous();
         work.consume();
-    } else if (warp == kConsumers + 1) {
+        return;
+    }
+    if (warp == kConsumers) {
+        if (elect()) work.produce_weights();
+    } else {
         wait_for_previous();
         if (elect()) work.produce_inputs();
     }
-    if (cluster > 1) {  // nobody leaves while others may still write here
-        __syncwarp();
-        arrive_at_cluster();
-        wait_for_cluster();
-    }
+    __syncwarp();
+    wait_for_cluster();
 }
 
 #endif
@@ -313,17 +288,17 @@ template <typename T, int kRows, bool kGated> __device__ __forceinline__ void ru
 }  // namespace
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define RUN(T, ROWS, GATED)                                                                                           \
-    run<T, ROWS, GATED>({&weight_map, &x_map, bias, residual, out, sums, flags, rows, features, steps, cluster, num_stages, \
-                         num_x_stages, burst})
+#define RUN(T, ROWS, GATED)                                                                                    \
+    run<T, ROWS, GATED>({&weight_map, &rest_map, &x_map, bias, residual, out, rows, features, range, steps,        \
+                         num_stages, num_x_stages})
 #else
 #define RUN(T, ROWS, GATED) __trap()
 #endif
 #define KERNEL(NAME, T, KIND, GATED, ROWS)                                                                         \
     extern "C" __global__ void __launch_bounds__(kThreads, 1) small_linear_tiles_##NAME##_##KIND##_##ROWS(         \
-        const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map, const void* bias,   \
-        const void* residual, void* out, float* sums, int* flags, int rows, int features, int steps, int cluster,  \
-        int num_stages, int num_x_stages, int burst) {                                                             \
+        const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap rest_map,                  \
+        const __grid_constant__ TensorMap x_map, const void* bias, const void* residual, void* out, int rows,      \
+        int features, int range, int steps, int num_stages, int num_x_stages) {                                    \
         RUN(T, ROWS, GATED);                                                                                       \
     }
 #define KINDS(NAME, T, ROWS)            \

@@ -1,108 +1,90 @@
-// How small_linear_tiles.cu divides its work: which steps of which tiles a block has, and how blocks that share a tile
-// add up.
+// How blocks of small_linear_tiles.cu add up: those of a cluster have sums of one tile over different columns.
 #pragma once
 
 #include "small_linear_parts.cuh"
 #include "warpgroup.cuh"
 
+constexpr int kSplits = 4;  // blocks of a cluster, a part of the columns each
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// A tile's product is so many steps of 64 columns. The steps of all tiles, one tile after the other, are cut into equal
-// ranges, one per cluster; a cluster's blocks stand beside each other in every tile. A tile belongs to the range that
-// has its first step, at that range's end; the ranges behind it, which begin with the tile's other steps, leave sums.
-// Ranges count down over blocks, so that who waits does so for blocks that began no later.
-struct Share {
-    int steps, total, num_ranges, index, begin, end;
+// Sums of a warp for kGroups times eight rows of x, four per lane and group. Group g becomes that of block g % kSplits,
+// which gets it from the same warp of all others by their own stores into its shared memory, and adds in the order of
+// the blocks: what comes out depends neither on which group it is nor on which block adds.
+template <int kGroups> struct Exchange {
+    static constexpr int kOwn = (kGroups + kSplits - 1) / kSplits;
+    static constexpr int kTogether = kOwn < 2 ? kOwn : 2;  // own groups that a warp has room for at a time
+    static constexpr int kPackBytes = 32 * 16;
+    static constexpr int kBytes = (kSplits - 1) * kTogether * kPackBytes;
 
-    __device__ Share(int tiles, int steps, int cluster)
-        : steps(steps), total(tiles * steps), num_ranges(gridDim.x / cluster),
-          index(num_ranges - 1 - blockIdx.x / cluster), begin(begin_of(index)), end(begin_of(index + 1)) {}
-    __device__ int begin_of(int range) const {
-        return static_cast<int>(static_cast<long long>(total) * range / num_ranges);
-    }
-    // Ranges from `index` + 1 up to this one have steps of a tile that ends before step `tile_end`.
-    __device__ int last_of(int tile_end) const {
-        int last = index;
-        while (last + 1 < num_ranges && begin_of(last + 1) < tile_end) ++last;
-        return last;
-    }
-};
+    unsigned buffer, full, empty;  // this warp's: room for kBytes, barriers of 1 and of kSplits - 1 arrivals
+    int rank, num_groups;          // that have rows of x
+    unsigned parity;
 
-// Sums of one tile that a block leaves for another, and a flag per warp: 1 when they are there; 0 before and after.
-// Each thread finds there what the thread with its number has left.
-template <int kCount, int kThreads> struct Leftovers {
-    static constexpr int kWarps = kThreads / 32;
-    static constexpr int kTogether = kCount > 32 ? 3 : 4;  // packs of four sums in one go, as registers allow
-
-    float* sums;
-    int* flags;
-    int num_packs;  // that have rows of x
-
-    __device__ float* pack(int block, int number) const {
-        return sums + ((static_cast<long long>(block) * (kCount / 4) + number) * kThreads + threadIdx.x) * 4;
-    }
-    __device__ int* flag(int block) const { return flags + block * kWarps + threadIdx.x / 32; }
-
-    __device__ void leave(const float (&from)[kCount], int block) const {
-#pragma unroll
-        for (int i = 0; i < kCount / 4; ++i) {
-            if (i >= num_packs) break;
-            asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(pack(block, i)), "f"(from[4 * i]),
-                         "f"(from[4 * i + 1]), "f"(from[4 * i + 2]), "f"(from[4 * i + 3]) : "memory");
-        }
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) asm volatile("st.release.gpu.s32 [%0], 1;" ::"l"(flag(block)) : "memory");
+    __device__ bool exists(int group) const { return group < num_groups; }
+    // Where a block finds what another has sent.
+    __device__ unsigned pack(int from, int to, int place) const {
+        const int sender = min((from - to + kSplits - 1) % kSplits, kSplits - 2);
+        return buffer + (sender * kTogether + place) * kPackBytes + threadIdx.x % 32 * 16;
     }
 
-    // Lanes look at a flag each, of blocks `first`, `first` + `stride`, … ; and put it back.
-    __device__ void wait(int first, int stride, int count) const {
-        for (int i = static_cast<int>(threadIdx.x) % 32; i < count; i += 32) {
-            int* at = flag(first + i * stride);
-            int is_there;
-            do {
-                asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(is_there) : "l"(at) : "memory");
-            } while (!is_there);
-            asm volatile("st.relaxed.gpu.s32 [%0], 0;" ::"l"(at) : "memory");
-        }
-        __syncwarp();
-    }
-
-    struct Packs {
-        float values[kTogether][4];
-    };
-    __device__ void fetch(Packs& to, int block, int first) const {
+    __device__ void send(const float (&sums)[kGroups * 4], int round) const {
+        wait_for_phase(empty, parity ^ 1);
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-            if ((first + i) * 4 >= kCount || first + i >= num_packs) break;
-            float(&at)[4] = to.values[i];
-            asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                         : "=f"(at[0]), "=f"(at[1]), "=f"(at[2]), "=f"(at[3]) : "l"(pack(block, first + i)) : "memory");
-        }
-    }
-    __device__ void add_packs(float (&to)[kCount], const Packs& from, int first) const {
+        for (int to = 0; to < kSplits; ++to) {
+            if (to == rank) continue;
+            const unsigned barrier = address_at_rank(full, to);
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-            if ((first + i) * 4 >= kCount || first + i >= num_packs) break;
-#pragma unroll
-            for (int e = 0; e < 4; ++e) to[(first + i) * 4 + e] += from.values[i][e];
-        }
-    }
-    // In the order of the blocks named; loads of up to four blocks are under way at a time.
-    __device__ void add(float (&to)[kCount], int first, int stride, int count) const {
-        wait(first, stride, count);
-#pragma unroll
-        for (int packs = 0; packs < kCount / 4; packs += kTogether) {
-            if (packs >= num_packs) break;
-#pragma unroll 1
-            for (int i = 0; i < count; i += 4) {
-                Packs from[4];
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    if (i + e < count) fetch(from[e], first + (i + e) * stride, packs);
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    if (i + e < count) add_packs(to, from[e], packs);
+            for (int place = 0; place < kTogether; ++place) {
+                const int group = (round * kTogether + place) * kSplits + to;
+                if (group >= kGroups || !exists(group)) continue;
+                store_at_rank(address_at_rank(pack(rank, to, place), to), sums + group * 4, barrier);
             }
+        }
+    }
+
+    __device__ void receive(float (&own)[kOwn * 4], const float (&sums)[kGroups * 4], int round) const {
+        int count = 0;
+        for (int place = 0; place < kTogether; ++place) count += exists((round * kTogether + place) * kSplits + rank);
+        if (threadIdx.x % 32 == 0) arrive_expecting(full, count * (kSplits - 1) * kPackBytes);
+        wait_for_cluster_phase(full, parity);
+#pragma unroll
+        for (int place = 0; place < kTogether; ++place) {
+            const int number = round * kTogether + place;
+            if (number < kOwn && exists(number * kSplits + rank)) add(own + number * 4, sums, number, place);
+        }
+    }
+
+    __device__ void add(float* own, const float (&sums)[kGroups * 4], int number, int place) const {
+#pragma unroll
+        for (int from = 0; from < kSplits; ++from) {
+            float part[4];
+            load_shared_floats(part, pack(from, rank, place));
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int group = number * kSplits + from;
+                if (from == rank && group < kGroups) part[e] = sums[group * 4 + e];
+                own[e] = from == 0 ? part[e] : own[e] + part[e];
+            }
+        }
+    }
+
+    // With the fence for the reason that `release` has. After the last round nobody sends any more, and may have gone.
+    __device__ void make_room() const {
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncwarp();
+        const int to = static_cast<int>(threadIdx.x) % 32;
+        if (to < kSplits && to != rank) arrive_at_rank(empty, to);
+    }
+
+    __device__ void add_up(float (&own)[kOwn * 4], const float (&sums)[kGroups * 4], bool is_last) {
+        constexpr int kRounds = (kOwn + kTogether - 1) / kTogether;
+#pragma unroll
+        for (int round = 0; round < kRounds; ++round) {
+            send(sums, round);
+            receive(own, sums, round);
+            if (!is_last || round + 1 < kRounds) make_room();
+            parity ^= 1;
         }
     }
 };

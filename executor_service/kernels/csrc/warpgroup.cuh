@@ -1,5 +1,5 @@
-// Hopper's tensor copies (TMA), clusters and warpgroup products (wgmma) on tiles of 128-byte rows in shared memory. What
-// `descriptor` says about a tile is in the PTX ISA, "Asynchronous warpgroup level matrix".
+// Hopper's tensor copies (TMA), clusters and warpgroup products (wgmma) on tiles of 128-byte rows in shared memory.
+// What `descriptor` says about a tile is in the PTX ISA, "Asynchronous warpgroup level matrix".
 #pragma once
 
 #include "numbers.cuh"
@@ -26,17 +26,6 @@ __device__ __forceinline__ void copy_box(
         : "memory");
 }
 
-// The same to the same place of every block of the cluster whose bit is set, whose own barrier there learns of it.
-__device__ __forceinline__ void copy_box_to_all(
-    unsigned to, const TensorMap* map, int column, int row, unsigned barrier, unsigned blocks,
-    unsigned long long policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-        ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier),
-        "h"(static_cast<unsigned short>(blocks)), "l"(policy)
-        : "memory");
-}
-
 // The box of a map [groups, halves, rows, columns] that begins at this group and column.
 __device__ __forceinline__ void copy_groups(
     unsigned to, const TensorMap* map, int column, int group, unsigned barrier, unsigned long long policy) {
@@ -47,10 +36,12 @@ __device__ __forceinline__ void copy_groups(
         : "memory");
 }
 
-// --- clusters: every thread of every block arrives, then waits; neither orders anything but barriers' own beginnings ---
+// --- clusters ---
 
-__device__ __forceinline__ unsigned cluster_rank() {
-    unsigned rank;
+// Every thread of every block arrives, then waits; neither orders anything but barriers' own beginnings.
+
+__device__ __forceinline__ int cluster_rank() {
+    int rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
@@ -63,14 +54,38 @@ __device__ __forceinline__ void wait_for_cluster() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// At the barrier that another block of the cluster has at this address; it says no more than that products have read.
-__device__ __forceinline__ void arrive_at_rank(unsigned barrier, unsigned rank) {
+// What another block of the cluster has at this address of its shared memory.
+__device__ __forceinline__ unsigned address_at_rank(unsigned address, int rank) {
+    unsigned there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+
+// 16 bytes to another block, whose barrier counts them when they are there.
+__device__ __forceinline__ void store_at_rank(unsigned to, const float* from, unsigned barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+                 ::"r"(to), "f"(from[0]), "f"(from[1]), "f"(from[2]), "f"(from[3]), "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void load_shared_floats(float (&to)[4], unsigned from) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3]) : "r"(from) : "memory");
+}
+
+// At another block's barrier.
+__device__ __forceinline__ void arrive_at_rank(unsigned barrier, int rank) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_at_rank(barrier, rank)) : "memory");
+}
+
+// As wait_for_phase, for what other blocks of the cluster have stored.
+__device__ __forceinline__ void wait_for_cluster_phase(unsigned barrier, unsigned parity) {
     asm volatile(
         "{\n"
-        ".reg .b32 there;\n"
-        "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
-        "}\n" ::"r"(barrier), "r"(rank) : "memory");
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(barrier), "r"(parity) : "memory");
 }
 
 // --- products: asynchronous; begin, issue, commit, and wait for what was committed ---

@@ -1,0 +1,61 @@
+"""How small_linear_tiles cuts its work and adds up: the launch's arithmetic, and the kernel's source on the host."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from math import ceil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from executor_service.kernels.cuda.code import SOURCES
+from executor_service.kernels.small_linear_tiles import MOST_ROWS, Shape, division, stages
+
+DRIVER = Path(__file__).parent / "small_linear_exchange.cpp"
+HEADER = "small_linear_tiles.cuh"
+HARDWARE = ("small_linear_parts.cuh", "warpgroup.cuh")
+"""What the header includes, and the driver has its own for."""
+COMPILER = shutil.which("c++")
+MOST_SHARED_BYTES = 227 * 1024
+
+
+@given(st.integers(1, 5000).map(lambda n: 8 * n), st.integers(1, 33))
+def test_every_feature_is_in_one_range(features: int, most_clusters: int) -> None:
+    clusters, units = division(features, most_clusters)
+    assert 1 <= clusters <= most_clusters
+    assert units % 8 == 0
+    assert (clusters - 1) * units < features <= clusters * units
+
+
+def test_decoders_are_divided_without_a_rest() -> None:
+    """With 32 clusters at a time, as 132 multiprocessors in groups of 16 and 18 have."""
+    for features in (12288, 4096, 11008, 6144, 14336):
+        assert division(features, 32) == (32, features // 32)
+
+
+@pytest.mark.parametrize("rows", range(1, MOST_ROWS + 1))
+def test_rings_fit_and_hold_enough(rows: int) -> None:
+    shape = Shape("plain", rows, 4096, 4096, torch.bfloat16, 0)
+    num_x_stages, num_stages = stages(shape)
+    barriers = 16 * (num_x_stages + num_stages + 8)
+    others_sums = 8 * 3 * min(2, ceil(shape.compiled_rows / 32)) * 512
+    bytes_used = num_x_stages * ceil(rows / 8) * 1024 + num_stages * 128 * 128 + others_sums + 8 * 512 + barriers
+    assert 1023 + bytes_used <= MOST_SHARED_BYTES
+    assert num_stages >= 8
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_blocks_add_up_in_their_order(tmp_path: Path) -> None:
+    shutil.copy(SOURCES / HEADER, tmp_path)
+    for name in HARDWARE:
+        (tmp_path / name).touch()
+    program = tmp_path / "exchange"
+    flags = ("-std=c++17", "-O1", "-Wno-unknown-pragmas", f"-I{tmp_path}")
+    command = [str(COMPILER), *flags, str(DRIVER), "-o", str(program)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    done = subprocess.run([str(program)], check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
