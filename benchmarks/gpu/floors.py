@@ -1,7 +1,8 @@
 """What no engine beats: bytes at the measured streaming rates, operations at the measured rate of a library product.
 
 Work is counted from a checkpoint's configuration, the least that gives the answer: the encoder's layers up to the one
-whose features are used, causal attention without its upper half, logits of one row per token that is sampled.
+whose features are used, causal attention without its upper half, logits of one row per token that is sampled; of the
+last decoder layer keys and values of every token, and all else for those rows alone.
 """
 
 from __future__ import annotations
@@ -100,6 +101,11 @@ class ModelWork:
         return hidden * (2 * self._q_width + 2 * self._kv_width + 3 * inner)
 
     @property
+    def kv_parameters(self) -> int:
+        """Those of them that make keys and values."""
+        return int(2 * self._text.hidden_size * self._kv_width)
+
+    @property
     def head_parameters(self) -> int:
         """Elements of the output head."""
         return int(self._text.hidden_size * self._text.vocab_size)
@@ -124,8 +130,10 @@ class ModelWork:
     def prefill(self, num_prompts: int, length: int, num_tiles: int) -> Work:
         """`num_prompts` prompts of `length` tokens, and the `num_tiles` tiles of each; one sampled token each."""
         layers = self._text.num_hidden_layers
-        products = 2 * (length * layers * self.layer_parameters + self.head_parameters)
-        attention = 2 * length**2 * layers * self._q_width
+        of_every_token = (layers - 1) * self.layer_parameters + self.kv_parameters
+        of_the_last = self.layer_parameters - self.kv_parameters + self.head_parameters
+        products = 2 * (length * of_every_token + of_the_last)
+        attention = 2 * length**2 * (layers - 1) * self._q_width + 4 * length * self._q_width
         language = Work(self.weight_bytes / num_prompts, products + attention)
         one = language + self._tile_work(num_tiles, num_prompts)
         return Work(one.num_bytes * num_prompts, one.operations * num_prompts)

@@ -25,6 +25,7 @@ from executor_service.engine.spans import checked_spans
 from executor_service.engine.step_inputs import InputStage, StepInputs, lay_out, pad_decodes
 from executor_service.kernels.embed_merge import embed_merge
 from executor_service.layers.context import KVCache, forward_context
+from executor_service.models.protocol import takes_requests
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class ModelRunner:
         self.encoder = ItemEncoder(model, device, dtype)
         self.kv_caches: Sequence[KVCache] = ()
         self.graphs: DecodeGraphs | None = None
+        self._takes_requests = takes_requests(model)
         self._stage = InputStage(device, limits)
         self._sampled = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=device)
         vocab_size = int(self.model.compute_logits(self.zeros(1)).shape[-1])
@@ -114,20 +116,32 @@ class ModelRunner:
     def _forward(self, batch: list[ScheduledRequest], needs_token: list[bool]) -> tuple[Tensor, PendingPromptLogprobs]:
         """Logits of the rows that need a token, and what the chunks say of prompts that are scored."""
         host = lay_out(batch, self.limits.block_size)
-        ends = host.cu_seqlens[1:].astype(np.int64)
-        rows = ends[needs_token] - 1
         features, places = _features(batch, host.cu_seqlens)
-        inputs, (sample_rows, feature_places) = self._stage.upload(host, rows, places)
+        inputs, (sampling, feature_places) = self._stage.upload(host, np.flatnonzero(needs_token), places)
+        if not any(one.request.scores_prompt for one in batch):
+            hidden = self._last_hidden(inputs, features, feature_places, sampling)
+            return self.model.compute_logits(hidden), PendingPromptLogprobs()
         hidden = self._hidden(inputs, features, feature_places)
+        ends = host.cu_seqlens[1:].astype(np.int64)
         scores = prompt_logprobs(batch, hidden, ends, self.model.compute_logits)
-        return self.model.compute_logits(hidden[sample_rows]), scores
+        return self.model.compute_logits(hidden[inputs.metadata.last_rows(sampling)]), scores
 
-    def _hidden(self, inputs: StepInputs, features: list[Tensor], feature_places: Tensor | None) -> Tensor:
-        """Hidden states [T, hidden] of the flattened batch; `feature_places` as `embed_merge` takes them."""
+    def _last_hidden(
+        self, inputs: StepInputs, features: list[Tensor], feature_places: Tensor | None, requests: Tensor
+    ) -> Tensor:
+        """Hidden states [S, hidden] of the last tokens of `requests` [S], in the batch's order."""
+        if self._takes_requests and len(requests) < len(inputs.token_ids):
+            return self._hidden(inputs, features, feature_places, requests=requests)
+        return self._hidden(inputs, features, feature_places)[inputs.metadata.last_rows(requests)]
+
+    def _hidden(
+        self, inputs: StepInputs, features: list[Tensor], feature_places: Tensor | None, **options: Tensor
+    ) -> Tensor:
+        """Hidden states of the flattened batch, [T, hidden] without options; `feature_places` as for `embed_merge`."""
         token_ids = inputs.known_token_ids(self._sampled)
         embeddings = self._embed(token_ids, features, feature_places)
         with forward_context(inputs.metadata, self.kv_caches):
-            hidden: Tensor = self.model(token_ids, inputs.positions, embeddings)
+            hidden: Tensor = self.model(token_ids, inputs.positions, embeddings, **options)
         return hidden
 
     def _embed(self, token_ids: Tensor, features: list[Tensor], feature_places: Tensor | None) -> Tensor:

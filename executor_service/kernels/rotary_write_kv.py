@@ -28,7 +28,7 @@ _HEADS_OF_MANY_TOKENS: Final = 2
 def rotary_write_kv(
     qkv: Tensor, positions: Tensor, cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
 ) -> Tensor:
-    """`qkv` [T, (Hq + 2 * Hkv) * D]: queries, keys and values of T tokens -> rotated queries [T, Hq, D].
+    """`qkv` [T, (Hq + 2 * Hkv) * D]: queries, keys and values of T tokens -> rotated queries [T, Hq, D]; Hq may be 0.
 
     Row p of `cos_sin` [max_positions, D], in the dtype of `qkv`, has the cosines [D / 2] and then the sines of
     position p; `positions` [T] (int64) lie within it. Element i of a head turns with element i + D / 2. Rotated

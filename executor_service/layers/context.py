@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -34,6 +35,19 @@ class AttentionMetadata:
     num_decodes: int
     max_query_len: int
     visible_ends: Tensor | None = None
+
+    def last_rows(self, requests: Tensor) -> Tensor:
+        """Where the last tokens of `requests` [S] are: int32 [S]."""
+        return self.cu_seqlens[1:][requests] - 1
+
+    def of_last_tokens(self, requests: Tensor) -> AttentionMetadata:
+        """The batch that is left of `requests` [S] when all but their last tokens have been computed before."""
+        count = len(requests)
+        starts = torch.arange(count + 1, dtype=torch.int32, device=requests.device)
+        slots, lengths = self.slot_mapping[self.last_rows(requests)], self.seq_lens[requests]
+        return AttentionMetadata(
+            slots, starts, lengths, self.block_tables[requests], num_decodes=count, max_query_len=1
+        )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers import LlamaModel, MistralModel, Qwen2Model
 from executor_service.kernels.rms_norm import RMS_NORM
 from executor_service.kernels.rotary_write_kv import ROTARY_WRITE_KV
 from executor_service.layers.attention import paged_attention
-from executor_service.layers.context import current_context
+from executor_service.layers.context import AttentionMetadata, KVCache, current_context
 from executor_service.layers.linear import GatedLinear, Linear
 
 WINDOWS: Final[dict[type, Callable[[Any], int | None]]] = {
@@ -50,6 +50,11 @@ class _Layer:
     scale: float
     sliding_window: int
 
+    def keys_and_values(self) -> Linear:
+        """`qkv` without the queries."""
+        first, bias = self.output.weight.shape[1], self.qkv.bias
+        return Linear(self.qkv.weight[first:], None if bias is None else bias[first:])
+
 
 class FusedDecoder:
     """Embeddings in, hidden states out, as the decoder it was made of."""
@@ -57,6 +62,7 @@ class FusedDecoder:
     def __init__(self, layers: Sequence[_Layer], norm: _Norm, cos_sin: Tensor) -> None:
         self._layers = layers
         self._next_norms = [*(layer.attention_norm for layer in layers[1:]), norm]
+        self._last_keys_and_values = layers[-1].keys_and_values()
         self._cos_sin = cos_sin
         device = norm.weight.device.type
         self._rms_norm, self._rotary_write_kv = RMS_NORM.direct(device), ROTARY_WRITE_KV.direct(device)
@@ -71,23 +77,37 @@ class FusedDecoder:
         layers = [_fuse(layer, window_of) for layer in model.layers[: model.config.num_hidden_layers]]
         return cls(layers, _norm(model.norm), rotary_table(model))
 
-    def __call__(self, inputs_embeds: Tensor, positions: Tensor) -> Tensor:
-        """[T, hidden], [T] -> [T, hidden]."""
+    def __call__(self, inputs_embeds: Tensor, positions: Tensor, requests: Tensor | None = None) -> Tensor:
+        """[T, hidden], [T] -> [T, hidden], or [S, hidden] of the last tokens of `requests` [S] of the batch alone.
+
+        Then the last layer makes keys and values of all tokens, and goes on with a batch of those few.
+        """
         context = current_context()
         batch = context.metadata
-        cos_sin, slots = self._cos_sin, batch.slot_mapping
         residual = inputs_embeds.clone()
         # One name for whatever is only the next operation's input: what is not needed any more must not be there while
         # gate and up are, which take most of a step.
         hidden = self._norm(residual, self._layers[0].attention_norm)
         for layer, cache, next_norm in zip(self._layers, context.kv_caches, self._next_norms, strict=True):
-            hidden = self._rotary_write_kv(layer.qkv(hidden), positions, cos_sin, cache.keys, cache.values, slots)
+            if requests is not None and layer is self._layers[-1]:
+                self._write_kv(self._last_keys_and_values(hidden), positions, cache, batch)
+                rows, batch = batch.last_rows(requests), batch.of_last_tokens(requests)
+                # Behind the batch's tables, which decode attention may read before the kernel just before it has ended.
+                positions, residual, hidden = positions[rows], residual[rows], hidden[rows]
+            hidden = self._write_kv(layer.qkv(hidden), positions, cache, batch)
             hidden = paged_attention(hidden, cache, batch, layer.scale, layer.sliding_window, 0.0)
             residual = layer.output.added_to(hidden.flatten(1), residual)
             hidden = self._norm(residual, layer.mlp_norm)
             residual = layer.down.added_to(layer.gate_up(hidden), residual)
             hidden = self._norm(residual, next_norm)
         return hidden
+
+    def _write_kv(self, qkv: Tensor, positions: Tensor, cache: KVCache, batch: AttentionMetadata) -> Tensor:
+        """Keys and values, rotated, to the cache; rotated queries, as many as `qkv` has."""
+        query: Tensor = self._rotary_write_kv(
+            qkv, positions, self._cos_sin, cache.keys, cache.values, batch.slot_mapping
+        )
+        return query
 
     def _norm(self, x: Tensor, norm: _Norm) -> Tensor:
         normal: Tensor = self._rms_norm(x, norm.weight, norm.epsilon)

@@ -24,8 +24,8 @@ class ExecutorModel(Protocol):
     (False: it cannot), `tower_graphs` whose `capturing` block captures runs of a few tiles, and
     `positions(prompt_token_ids, items) -> (positions, decode_delta)` where positions are not simply counted: int64 [n]
     or [axes, n], and what is added to the number of an output token; and `bidirectional_spans(items) -> [(begin, end)]`
-    where tokens also see later ones, all those of their span. A span lies within one item's placeholder range, a layer's
-    sliding window holds in it as elsewhere, and it is computed in one step.
+    where tokens also see later ones, all those of their span. A span lies within one item's placeholder range, a
+    layer's sliding window holds in it as elsewhere, and it is computed in one step.
     """
 
     def get_input_embeddings(self) -> nn.Module:
@@ -40,7 +40,11 @@ class ExecutorModel(Protocol):
         """
 
     def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor) -> Tensor:
-        """[T], [T] or [axes, T], [T, hidden] -> hidden states [T, hidden]."""
+        """[T], [T] or [axes, T], [T, hidden] -> hidden states [T, hidden].
+
+        With a parameter `requests` it is told who in the batch is asked about, int64 [S], and returns hidden states of
+        their last tokens alone, [S, hidden]; None: of all tokens.
+        """
 
     def compute_logits(self, rows: Tensor) -> Tensor:
         """Hidden states [R, hidden] -> logits [R, vocabulary]."""
@@ -104,6 +108,11 @@ def check_required_keywords(cls: type, tensor_names: Iterable[str]) -> None:
 def _embed_parameters(cls: Any) -> list[Parameter]:
     """Those of `embed_multimodal`, without `self`."""
     return [p for p in inspect.signature(cls.embed_multimodal).parameters.values() if p.name != "self"]
+
+
+def takes_requests(model: Any) -> bool:
+    """Whether `forward` would rather know whose last tokens are asked about."""
+    return "requests" in inspect.signature(model.forward).parameters
 
 
 def kv_geometry(model: nn.Module, text_config: Any) -> KVGeometry:

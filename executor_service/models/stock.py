@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from executor_service.layers.attention import IMPLEMENTATION
+from executor_service.layers.context import current_context
 from executor_service.layers.linear import Linear
 from executor_service.models.fused import FusedDecoder
 from registry import InputContext
@@ -36,15 +37,25 @@ class StockModel(nn.Module):
         embeddings: nn.Module = self.hf.get_input_embeddings()
         return embeddings
 
-    def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor, **adapter: Any) -> Tensor:
-        """One flattened batch through the decoder: [T, hidden] -> [T, hidden]."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        inputs_embeds: Tensor,
+        requests: Tensor | None = None,
+        **adapter: Any,
+    ) -> Tensor:
+        """One flattened batch through the decoder: [T, hidden] -> [T, hidden], or `requests`' last tokens [S, hidden].
+
+        The stock decoder computes all of them in either case.
+        """
         if self.fused_decoder is not None and not adapter:
-            return self.fused_decoder(inputs_embeds, positions)
+            return self.fused_decoder(inputs_embeds, positions, requests)
         outputs = self.hf.model.language_model(
             inputs_embeds=inputs_embeds[None], position_ids=positions[None], use_cache=False, **adapter
         )
         hidden: Tensor = outputs.last_hidden_state[0]
-        return hidden
+        return hidden if requests is None else hidden[current_context().metadata.last_rows(requests)]
 
     def compute_logits(self, rows: Tensor) -> Tensor:
         """[R, hidden] -> [R, vocabulary]."""

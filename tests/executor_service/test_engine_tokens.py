@@ -184,9 +184,11 @@ class TestNegativeControls:
 
     def test_wrong_positions(self, bench: Bench, monkeypatch) -> None:
         model = bench.engine.runner.model
-        monkeypatch.setattr(
-            bench.engine.runner, "model", _Wrapped(model, lambda ids, positions, rows: model(ids, positions * 2, rows))
-        )
+
+        def wrong(ids, positions, rows, **options):
+            return model(ids, positions * 2, rows, **options)
+
+        monkeypatch.setattr(bench.engine.runner, "model", _Wrapped(model, wrong))
         assert self.outputs_differ(bench)
 
     def test_swapped_features(self, bench: Bench, monkeypatch) -> None:
@@ -212,8 +214,8 @@ class _Wrapped:
     def __init__(self, model, forward) -> None:
         self._model, self._forward = model, forward
 
-    def __call__(self, *args):
-        return self._forward(*args)
+    def __call__(self, *args, **options):
+        return self._forward(*args, **options)
 
     def __getattr__(self, name):
         return getattr(self._model, name)

@@ -44,14 +44,14 @@ def batch(seed: int) -> tuple[AttentionMetadata, torch.Tensor, torch.Tensor]:
     return metadata, torch.randn(sum(CHUNKS), 64, generator=generator, dtype=torch.float64), places
 
 
-def run(model: Any, seed: int) -> tuple[torch.Tensor, list[KVCache]]:
-    """Hidden states and the caches that were written."""
+def run(model: Any, seed: int, requests: torch.Tensor | None = None) -> tuple[torch.Tensor, list[KVCache]]:
+    """Hidden states, of all tokens or `requests`' last ones, and the caches that were written."""
     metadata, embeddings, places = batch(seed)
     generator = torch.Generator().manual_seed(1)
     shape = (NUM_BLOCKS, BLOCK_SIZE, 2, 16)
     caches = [KVCache(*(torch.randn(shape, generator=generator, dtype=torch.float64) for _ in "kv")) for _ in range(2)]
     with torch.inference_mode(), forward_context(metadata, caches):
-        return model(torch.zeros(len(places), dtype=torch.int64), places, embeddings), caches
+        return model(torch.zeros(len(places), dtype=torch.int64), places, embeddings, requests), caches
 
 
 def test_twins(model: Any) -> None:

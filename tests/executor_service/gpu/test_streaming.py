@@ -90,7 +90,7 @@ def some_slots(num_tokens: int, num_slots: int, seed: int) -> Tensor:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from([0, 1, 2, 17, 70, 600]), st.sampled_from([(1, 1), (4, 2), (32, 8), (32, 32), (7, 1)]),
+    st.sampled_from([0, 1, 2, 17, 70, 600]), st.sampled_from([(1, 1), (4, 2), (32, 8), (32, 32), (7, 1), (0, 4)]),
     st.sampled_from([2, 10, 16, 64, 80, 128, 256]), st.sampled_from([1, 16]), DTYPES, SEEDS,
 )  # fmt: skip
 def test_rotary_write_kv(num_tokens: int, heads, head_dim: int, block_size: int, dtype: torch.dtype, seed: int) -> None:
