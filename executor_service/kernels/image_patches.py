@@ -26,7 +26,8 @@ def image_patches(tiles: Tensor, table: Tensor, patch: int, columns: int, dtype:
 
     Row by row the patches of each tile, pixels beyond the last whole patch left out; column (c * patch + y) * patch + x
     is `table[c, level]` of pixel (y, x) of channel c, as the weight of a convolution without padding has it, and the
-    columns from C * patch * patch on are 0. `table` is float32 [C, 256], see `normalize`.
+    columns from C * patch * patch on are 0. `table` is float32 [C, 256], see `normalize`; on a GPU it is not the work
+    of the kernel just before, which may still run when it is read.
     """
     result: Tensor = IMAGE_PATCHES(tiles, table, patch, columns, dtype)
     return result

@@ -82,6 +82,7 @@ __device__ __forceinline__ void store_looked_up(
 // blockIdx.x is one row of patches of one tile: `patch` rows of each channel, which lie together in memory, become
 // width / patch rows of the result, which do so too. In between the levels stand in shared memory, `pitch` bytes from
 // row to row. Thread t has pack t % packs of a row of the result, and every (blockDim.x / packs)-th row.
+// Everything but the levels is worked out before the kernel before has ended, which is not the one that writes the table.
 template <typename T>
 __device__ __forceinline__ void image_patches_wide(
     const uint4* __restrict__ tiles, const float* __restrict__ table, T* __restrict__ out, const Shape& shape) {
@@ -97,13 +98,6 @@ __device__ __forceinline__ void image_patches_wide(
                         (blockIdx.x - tile * patch_rows) * channel_packs;
     for (int channel = threadIdx.x; channel < shape.num_channels; channel += blockDim.x)
         bring_near(from + channel * plane_packs, channel_packs * 16);
-    wait_for_previous();
-    for (unsigned i = threadIdx.x; i < all_packs; i += blockDim.x) {
-        const unsigned channel = i / channel_packs, row = i / row_packs;
-        copy_async(
-            levels + row * shape.pitch + (i - row * row_packs) * 16,
-            from + channel * plane_packs + i - channel * channel_packs);
-    }
     const bool is_line = store_table(table, values, shape.num_channels);
     const unsigned packs = shape.columns / kWide<T>, first = threadIdx.x / packs, step = blockDim.x / packs;
     const unsigned at = (threadIdx.x - first * packs) * kWide<T>;
@@ -115,11 +109,20 @@ __device__ __forceinline__ void image_patches_wide(
         if (pairs.channels[k] >= 0) lines[k] = line_of(table + pairs.channels[k] * kLevels);
     }
     T* to = out + static_cast<long long>(blockIdx.x) * (shape.width / shape.patch) * shape.columns + at;
+    wait_for_previous();
+    for (unsigned i = threadIdx.x; i < all_packs; i += blockDim.x) {
+        const unsigned channel = i / channel_packs, row = i / row_packs;
+        copy_async(
+            levels + row * shape.pitch + (i - row * row_packs) * 16,
+            from + channel * plane_packs + i - channel * channel_packs);
+    }
     wait_for_copies();
     if (__syncthreads_and(is_line)) {
         store_computed<T>(levels, pairs, lines, to, first, step, shape);
     } else {
-        store_looked_up<T>(levels, pairs, values, to, first, step, shape);
+        unsigned column = at;  // pairs anew: all of them kept until here take more registers than there are
+        asm volatile("" : "+r"(column));
+        store_looked_up<T>(levels, pairs_at<kPairs>(column, shape), values, to, first, step, shape);
     }
 }
 

@@ -58,5 +58,5 @@ def test_tiles_anywhere_in_memory() -> None:
 @pytest.mark.parametrize("dtype", list(ERRORS))
 def test_opcheck(dtype: torch.dtype) -> None:
     tiles = torch.randint(256, (2, 3, 28, 48), dtype=torch.uint8, device="cuda")
-    table = torch.randn(3, 256, device="cuda")
+    table = torch.randn(3, 256).cuda()
     torch.library.opcheck(torch.ops.diptych.image_patches.default, (tiles, table, 14, 592, dtype))
