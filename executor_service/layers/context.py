@@ -37,8 +37,8 @@ class AttentionMetadata:
     visible_ends: Tensor | None = None
 
     def last_rows(self, requests: Tensor) -> Tensor:
-        """Where the last tokens of `requests` [S] are: int32 [S]."""
-        return self.cu_seqlens[1:][requests] - 1
+        """Where the last tokens of `requests` [S] are: int64 [S]."""
+        return self.cu_seqlens[1:][requests].long() - 1
 
     def of_last_tokens(self, requests: Tensor) -> AttentionMetadata:
         """The batch that is left of `requests` [S] when all but their last tokens have been computed before."""
