@@ -40,6 +40,7 @@ class Recorder(ModelRunner):
 
     def __init__(self, trial: Trial, limits: EngineLimits) -> None:
         super().__init__(trial.model, CPU, trial.dtype, limits)
+        self.tells_requests = False
         self.hidden: dict[int, list[Tensor]] = defaultdict(list)
 
     def execute(self, batch: ScheduledBatch) -> ModelOutput:

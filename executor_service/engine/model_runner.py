@@ -42,7 +42,10 @@ class ModelOutput:
 
 
 class ModelRunner:
-    """The model on its device, the KV cache it reads and writes, and the sampler."""
+    """The model on its device, the KV cache it reads and writes, and the sampler.
+
+    `tells_requests`: whether the model is told whose last tokens are asked about, if that spares it work.
+    """
 
     def __init__(
         self,
@@ -59,7 +62,7 @@ class ModelRunner:
         self.encoder = ItemEncoder(model, device, dtype)
         self.kv_caches: Sequence[KVCache] = ()
         self.graphs: DecodeGraphs | None = None
-        self._takes_requests = takes_requests(model)
+        self.tells_requests = takes_requests(model)
         self._stage = InputStage(device, limits)
         self._sampled = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=device)
         vocab_size = int(self.model.compute_logits(self.zeros(1)).shape[-1])
@@ -130,7 +133,7 @@ class ModelRunner:
         self, inputs: StepInputs, features: list[Tensor], feature_places: Tensor | None, requests: Tensor
     ) -> Tensor:
         """Hidden states [S, hidden] of the last tokens of `requests` [S], in the batch's order."""
-        if self._takes_requests and len(requests) < len(inputs.token_ids):
+        if self.tells_requests and len(requests) < len(inputs.token_ids):
             return self._hidden(inputs, features, feature_places, requests=requests)
         return self._hidden(inputs, features, feature_places)[inputs.metadata.last_rows(requests)]
 
