@@ -20,7 +20,7 @@ _MAX_DIM: Final = 256
 _HEADS_PER_PASS: Final = 8
 _MAX_ITEMS: Final = 1 << 16
 _MAX_TILES: Final = 32
-"""Of a chunk."""
+"""Of a unit."""
 _GENERAL_THREADS: Final = 256
 _POINTERS: Final = (POINTER,) * 6
 _STREAM_TYPES: Final = (*_POINTERS, POINTER, *(INT,) * 6, FLOAT, FLOAT, INT, INT, INT)
@@ -95,7 +95,7 @@ class Variant:
     """Blocks per multiprocessor."""
     least_shift: int = 2
     most_bits: int = 4
-    """A request's chunks are of 2^`least_shift` tiles at least, and 2^`most_bits` in number as far as that goes."""
+    """A request's chunks are of 2^`least_shift` tiles at least, and at most 2^`most_bits` as far as that goes."""
 
     def shared_bytes(self, head_dim: int) -> int:
         """The ring of keys and values."""
@@ -186,7 +186,7 @@ def _variant(head_dim: int, device: int) -> Variant:
     for stages in (3, 2):
         bytes_each = Variant(4, stages, 1).shared_bytes(head_dim) + 4096
         if 2 * bytes_each <= available:
-            return Variant(4, stages, min(3, available // bytes_each))
+            return Variant(4, stages, 2)
     return Variant(4, 2, 1)
 
 

@@ -1,6 +1,6 @@
 // The units of paged_decode_attention on the host: a warp's lanes are threads that meet at every exchange. Over random
-// batches, units must be numbered as promised and cover every visible token of every pass once. Prints what is wrong and
-// ends with 1.
+// batches, units must be numbered as promised and cover every visible token of every pass once, in subtrees of chunks
+// that depend on the request alone. Prints what is wrong and ends with 1.
 #include <algorithm>
 #include <barrier>
 #include <cstdio>
@@ -50,13 +50,13 @@ static unsigned __ballot_sync(unsigned, bool value) {
 
 constexpr int kTile = 64;
 
-static std::vector<Unit> all_units(const Inputs<float>& in) {
+static std::vector<Unit> all_units(const Inputs<float>& in, int num_blocks) {
     std::vector<Unit> found;
     std::vector<std::thread> lanes;
     for (int lane = 0; lane < 32; ++lane)
-        lanes.emplace_back([&in, &found, lane] {
+        lanes.emplace_back([&in, &found, num_blocks, lane] {
             warp::lane = lane;
-            const Units<float, kTile> units(in, lane);
+            const Units<float, kTile> units(in, lane, num_blocks);
             for (int id = 0; id <= units.total; ++id) {
                 const Unit unit = units.find(id);
                 if (lane == id % 32) found.push_back(unit);  // every lane gets the same: the next meeting is after this
@@ -67,19 +67,24 @@ static std::vector<Unit> all_units(const Inputs<float>& in) {
     return found;
 }
 
-// Follows the units in their order.
-static const char* wrong(const Inputs<float>& in, const std::vector<Unit>& units, int most_chunks) {
+// Follows the units in their order. `chunk_tiles` are what chunks have without anybody else's units.
+static const char* wrong(const Inputs<float>& in, const std::vector<Unit>& units, const std::vector<int>& chunk_tiles,
+                         int most_chunks) {
     auto at = units.begin();
     for (int request = 0; request < in.batch; ++request) {
         const int length = in.lengths[request], start = in.window > 0 ? max(length - in.window, 0) : 0;
-        int token = start / 16 * 16;
-        for (int chunk = 0; token < length; ++chunk) {
-            const int next = token + at->tiles * kTile;
+        int token = start / 16 * 16, chunks = 0;
+        for (int place = 0; token < length; ++place) {
+            const int next = token + at->tiles * kTile, of_unit = (1 << kLevels) / at->each;
+            chunks += (at->tiles + at->chunk_tiles - 1) / at->chunk_tiles;
             int head = 0;
             for (int pass = 0; pass < in.passes; ++pass, ++at) {
-                if (at->tiles < 1 || at->tiles > kMostTiles) return "a chunk has no tiles, or too many";
-                if (at->request != request || at->chunk != chunk || at->id != at - units.begin()) return "the order";
+                if (at->tiles < 1 || at->tiles > kMostTiles) return "a unit has no tiles, or too many";
+                if (at->request != request || at->place != place || at->id != at - units.begin()) return "the order";
                 if (at->token != token || at->start != start || at->length != length) return "the tokens";
+                if (at->chunk_tiles != chunk_tiles[request]) return "a chunk depends on others";
+                if (next < length ? at->tiles != of_unit * at->chunk_tiles : at->tiles > of_unit * at->chunk_tiles)
+                    return "not a subtree";
                 if (at->item != request * in.passes + pass || next != token + at->tiles * kTile) return "the passes";
                 if (at->head != head || at->kv_head != head / in.group || at->heads < 1) return "the heads";
                 if (head / in.group != (head + at->heads - 1) / in.group) return "heads of two KV heads";
@@ -87,9 +92,9 @@ static const char* wrong(const Inputs<float>& in, const std::vector<Unit>& units
             }
             if (head != in.num_heads()) return "not all heads";
             token = next;
-            if (token >= length && at[-1].chunks != chunk + 1) return "the number of chunks";
-            if (chunk >= most_chunks) return "more chunks than there is room for";
+            if (token >= length && at[-1].places != place + 1) return "the number of units";
         }
+        if (chunks > most_chunks) return "more chunks than there is room for";
     }
     return at->tiles == 0 && at + 1 == units.end() ? nullptr : "the end";
 }
@@ -97,6 +102,7 @@ static const char* wrong(const Inputs<float>& in, const std::vector<Unit>& units
 int main() {
     std::mt19937 random(7);
     auto below = [&random](int bound) { return static_cast<int>(random() % bound); };
+    int num_coarse = 0;
     for (int round = 0; round < 24; ++round) {
         std::vector<int> lengths(1 + below(round % 3 ? 8 : 1 << below(10)));
         for (int& length : lengths) length = below(4) ? below(lengths.size() > 32 ? 100 : 200 << below(7)) : 0;
@@ -107,7 +113,14 @@ int main() {
                                least_shift, most_bits};
         const int tiles = (*std::max_element(lengths.begin(), lengths.end()) + kTile - 1) / kTile;
         const int most_chunks = max(min(tiles, 1 << most_bits), (tiles + kMostTiles - 1) / kMostTiles);
-        if (const char* what = wrong(in, all_units(in), most_chunks)) return std::printf("round %d: %s\n", round, what), 1;
+        std::vector<int> chunk_tiles(lengths.size());
+        const std::vector<Unit> finest = all_units(in, 1 << 20), units = all_units(in, 1 << below(8));
+        for (const Unit& unit : finest)
+            if (unit.tiles) chunk_tiles[unit.request] = unit.chunk_tiles;
+        num_coarse += units.size() < finest.size();
+        for (const auto& some : {finest, units})
+            if (const char* what = wrong(in, some, chunk_tiles, most_chunks))
+                return std::printf("round %d: %s\n", round, what), 1;
     }
-    return 0;
+    return num_coarse < 4 ? std::printf("only %d rounds had units of several chunks\n", num_coarse), 1 : 0;
 }

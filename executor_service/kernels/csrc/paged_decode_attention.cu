@@ -88,7 +88,7 @@ FOR_EACH_DTYPE(GENERAL)
 
 
 #define STREAMING(NAME, T, DIM, WARPS, STAGES)                                                                       \
-    extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1))                                                   \
+    extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 2)                                                \
         paged_decode_attention_##NAME##_##DIM##_##WARPS##_##STAGES(                                                  \
             const T* query, const T* keys, const T* values, const int* block_tables, const int* lengths, T* out,     \
             float* partials, int batch, int num_kv_heads, int group, int passes, int block_shift, int table_stride,  \

@@ -109,6 +109,11 @@ __device__ __forceinline__ Pack<float, 4> load_past_l1(const float* from) {
 // What the block has written before its barrier is visible to those who see a write after this, and the other way.
 __device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
+// A barrier of a block's first kThreads threads.
+template <int kThreads> __device__ __forceinline__ void meet_first() {
+    asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+
 __device__ __forceinline__ float lowest() { return __uint_as_float(0xff800000u); }
 
 __device__ __forceinline__ float exp2_of(float x) {

@@ -12,13 +12,13 @@ namespace {
 constexpr int kMaxItems = 1 << 16;
 constexpr int kUnitsKept = 8, kTablesKept = 4;  // powers of two
 
-// Chunks of each item whose partial results are written, and units that have been asked for. All are zero between
+// Units of each item whose partial results are written, and units that have been asked for. All are zero between
 // launches: they count modulo what there is to count. Two launches must not run at the same time: on one stream they do
 // not, launched dependently or not.
 __device__ unsigned num_written[kMaxItems], num_asked_for;
 
-// What the warps of a block know in common. The clerk writes of unit n + 2 while unit n is computed; all else is written
-// before the first barrier at the end of a unit and read before the second.
+// What the warps of a block know in common. The clerk writes of unit n + 2 while unit n is computed; all else is
+// written before the first barrier at the end of a unit and read before the second.
 template <int kWarps> struct Board {
     Unit units[kUnitsKept];
     int blocks[kTablesKept][kWarps][kMostTiles];  // in which 16 tokens of each tile lie
@@ -84,11 +84,11 @@ template <typename T, int kDim, int kWarps> struct Clerk {
 
     // A unit's partial result is written: whether its item's others were before. Then the counter is zero again.
     __device__ __forceinline__ bool announce(const Unit& unit) const {
-        if (unit.chunks == 1) return false;
+        if (unit.places == 1) return false;
         bool is_last = false;
         if (lane == 0) {
             fence();
-            is_last = atomicInc(num_written + unit.item, unit.chunks - 1) == unit.chunks - 1;
+            is_last = atomicInc(num_written + unit.item, unit.places - 1) == unit.places - 1;
             fence();
         }
         return is_last;

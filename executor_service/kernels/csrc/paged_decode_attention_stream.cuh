@@ -1,10 +1,12 @@
-// The streaming kernel of paged_decode_attention: 16-bit caches, heads of 64 or 128, blocks of a power of two from 16 on.
+// The streaming kernel of paged_decode_attention: 16-bit caches, heads of 64 or 128, blocks of a power of two from 16
+// on.
 //
-// A persistent grid of several blocks of threads per multiprocessor, each with one unit after the other (see the units):
-// the first two by its own number, the others as they are asked for. A block's clerk, its last warp, finds units and says
-// which partial results are written; the other warps compute, and never wait for memory but for keys and values. Each
-// of them owns 16 tokens of every tile: it copies their keys and values to a ring of its own, kStages tiles ahead and into
-// the next unit, scores them, and adds up the values. Only at the end of a unit do the warps' sums meet.
+// A persistent grid of several blocks of threads per multiprocessor, each with one unit after the other (see the
+// units): the first two by its own number, the others as they are asked for. A block's clerk, its last warp, finds
+// units and says which partial results are written; the other warps compute, and never wait for memory but for keys and
+// values. Each of them owns 16 tokens of every tile: it copies their keys and values to a ring of its own, kStages
+// tiles ahead and into the next unit, scores them, and adds up the values. Only at the end of a chunk do the warps'
+// sums meet.
 //
 // All but queries and the requests' newest tokens is read before the kernel before this one has ended.
 #pragma once
@@ -14,6 +16,7 @@
 #include "numbers.cuh"
 #include "paged_decode_attention.cuh"
 #include "paged_decode_attention_clerk.cuh"
+#include "paged_decode_attention_results.cuh"
 #include "paged_decode_attention_units.cuh"
 
 namespace {
@@ -40,41 +43,22 @@ struct Rows {
     __device__ __forceinline__ bool have_newest() const { return end > 0 && end <= 16; }
 };
 
-// In shared memory a row's chunks change places, so that neither eight rows' chunks of one number lie on the same banks,
-// nor four chunks that stand together in two neighbouring rows.
+// In shared memory a row's chunks change places, so that neither eight rows' chunks of one number lie on the same
+// banks, nor four chunks that stand together in two neighbouring rows.
 __device__ __forceinline__ constexpr int place_of(int row) { return (row & 1) << 2 | (row >> 1 & 3); }
-
-// Four dimensions of values, weighted by exponentials relative to `maximum`, and the sum of the weights.
-struct Total {
-    Pack<float, 4> values{};
-    float maximum = lowest(), sum = 0.0f;
-
-    // What is added is relative to a maximum of its own; nothing, where that is the lowest number.
-    __device__ __forceinline__ void add(const Pack<float, 4>& other, float other_maximum, float other_sum) {
-        const float higher = fmaxf(maximum, other_maximum), zero = higher == lowest() ? 0.0f : higher;
-        const float kept = exp2_of(maximum - zero), added = exp2_of(other_maximum - zero);
-        maximum = higher;
-        sum = __fmaf_rn(other_sum, added, __fmul_rn(sum, kept));
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-            values.elements[e] = __fmaf_rn(other.elements[e], added, __fmul_rn(values.elements[e], kept));
-    }
-};
 
 template <typename T, int kDim, int kWarps, int kStages> struct Decoder {
     using S = Shape<kDim, kWarps, kStages>;
-    static constexpr int kMergedAtOnce = 8;
-    static constexpr int kPartial = kDim + 4;  // floats of one head's partial result: sums, maximum, sum, two unused
-
     const Inputs<T>& in;
     Board<kWarps>& board;
     unsigned char* memory;
     unsigned ring;  // this warp's
     unsigned long long policy;
-    int thread, lane, warp;
+    int lane, warp;
+    Results<T, kDim, kWarps> results;
 
-    // Sums over values, [dimension, head]: as the tensor cores have them, of heads 2 * (lane % 4) and the next one. So are
-    // the maxima; `sums` only of this lane's tokens.
+    // Sums over values, [dimension, head]: as the tensor cores have them, of heads 2 * (lane % 4) and the next one. So
+    // are the maxima; `sums` only of this lane's tokens.
     float values[kDim / 16][4], maxima[2], sums[2];
     unsigned queries[kDim / 32][4];  // of head lane / 4, chunks 4 * i + lane % 4
 
@@ -147,8 +131,8 @@ template <typename T, int kDim, int kWarps, int kStages> struct Decoder {
 
     __device__ __forceinline__ void load_queries(int number) {
         const Unit& unit = board.unit(number);
-        const T* from = in.query + (static_cast<long long>(unit.request) * in.num_heads() + unit.head + lane / 4) * kDim +
-                        lane % 4 * 8;
+        const long long row = static_cast<long long>(unit.request) * in.num_heads() + unit.head + lane / 4;
+        const T* from = in.query + row * kDim + lane % 4 * 8;
         const bool is_there = lane / 4 < unit.heads;
 #pragma unroll
         for (int i = 0; i < kDim / 32; ++i) {
@@ -234,30 +218,55 @@ template <typename T, int kDim, int kWarps, int kStages> struct Decoder {
 #pragma unroll 1
         for (int number = 0;; ++number) {
             const bool is_there = board.unit(number).tiles > 0;
-            Rows next{};
-            if (is_there) {
-                next = attend(number, stage);
-                leave_sums(free_slot(warp, stage), board.unit(number).heads);
-            }
-            __syncthreads();
-            const bool completes = board.completes;
-            if (is_there) combine(board.unit(number), stage);
-            __syncthreads();
-            copy(in.values, next, ring + stage * 2 * S::kSlot + S::kSlot);
-            commit_copies();
-            stage = after(stage);
-            if (completes) merge(board.unit(number - 1));
+            const bool completes = is_there ? decode(number, stage) : hear_clerk();
+            if (completes) results.merge(board.unit(number - 1));
             if (!is_there) return;
         }
     }
 
+    // A unit, chunk by chunk; returns what the clerk says. Where it lacks tiles to the depth of the ring there are
+    // steps without any: so copies never run further than into the next unit.
+    __device__ __forceinline__ bool decode(int number, int& stage) {
+        const Unit& unit = board.unit(number);
+        const int steps = max(unit.tiles, kStages);
+        bool completes = false;
+#pragma unroll 1
+        for (int chunk = 0, step = 0; step < steps; ++chunk) {
+            const bool is_last = step + unit.chunk_tiles >= unit.tiles;
+            const Rows next = attend(number, step, is_last ? steps : step + unit.chunk_tiles, steps, stage);
+            leave_sums(reinterpret_cast<float*>(memory + free_slot(warp, stage)), unit.heads);
+            meet(is_last);
+            if (is_last) completes = board.completes;
+            results.combine(unit, chunk, is_last, memory + free_slot(0, stage), S::kRing);
+            meet(is_last);
+            copy(in.values, next, ring + stage * 2 * S::kSlot + S::kSlot);
+            commit_copies();
+            stage = after(stage);
+        }
+        return completes;
+    }
+
+    __device__ __forceinline__ void meet(bool with_clerk) const {
+        if (with_clerk)
+            __syncthreads();
+        else
+            meet_first<32 * kWarps>();
+    }
+
+    // Where there is no unit.
+    __device__ __forceinline__ bool hear_clerk() const {
+        meet(true);
+        const bool completes = board.completes;
+        meet(true);
+        return completes;
+    }
+
     __device__ __forceinline__ static int after(int stage) { return stage + 1 < kStages ? stage + 1 : 0; }
 
-    // All tiles of a unit, and nothing for as many as it lacks to the depth of the ring: so copies never run further than
-    // into the next unit. After the last one, in `stage`, the slot of values is left free; returns the rows that belong
-    // there.
-    __device__ __forceinline__ Rows attend(int number, int& stage) {
-        const int tiles = board.unit(number).tiles, steps = max(tiles, kStages);
+    // From `step` to `end`, a chunk. After it, in `stage`, the slot of values is left free; returns the rows that
+    // belong there.
+    __device__ __forceinline__ Rows attend(int number, int& step, int end, int steps, int& stage) {
+        const int tiles = board.unit(number).tiles;
 #pragma unroll
         for (int e = 0; e < 2; ++e) maxima[e] = lowest(), sums[e] = 0.0f;
 #pragma unroll
@@ -265,14 +274,14 @@ template <typename T, int kDim, int kWarps, int kStages> struct Decoder {
 #pragma unroll
             for (int e = 0; e < 4; ++e) values[i][e] = 0.0f;
 #pragma unroll 1
-        for (int step = 0;; ++step) {
+        for (;;) {
             const unsigned slot = ring + stage * 2 * S::kSlot;
             const Rows rows = rows_of(number, step), next = rows_ahead(number, step, steps);
             float scores[4] = {};
             wait_for_copies<2 * kStages - 1>();
             __syncwarp();
             if (rows.are_seen()) score(slot, scores);
-            if (step + 1 == tiles) load_queries(number + 1);
+            if (++step == tiles) load_queries(number + 1);
             __syncwarp();
             copy(in.keys, next, slot);
             commit_copies();
@@ -281,7 +290,7 @@ template <typename T, int kDim, int kWarps, int kStages> struct Decoder {
             __syncwarp();
             if (rows.are_seen()) add_values(slot + S::kSlot, scores);
             __syncwarp();
-            if (step + 1 == steps) return next;
+            if (step == end) return next;
             copy(in.values, next, slot + S::kSlot);
             commit_copies();
             stage = after(stage);
@@ -289,12 +298,9 @@ template <typename T, int kDim, int kWarps, int kStages> struct Decoder {
     }
 
     // Where a warp leaves its sums: the slot of values that was read last.
-    __device__ __forceinline__ float* free_slot(int of_warp, int stage) const {
-        return reinterpret_cast<float*>(memory + of_warp * S::kRing + stage * 2 * S::kSlot + S::kSlot);
+    __device__ __forceinline__ static int free_slot(int of_warp, int stage) {
+        return of_warp * S::kRing + stage * 2 * S::kSlot + S::kSlot;
     }
-
-    // Where dimension `dim` of a head lies among a warp's sums: such that lanes that write together meet different banks.
-    __device__ __forceinline__ static int place_in_sums(int head, int dim) { return head * kDim + (dim ^ head / 2 * 8); }
 
     __device__ __forceinline__ void leave_sums(float* to, int heads) {
 #pragma unroll
@@ -306,71 +312,12 @@ template <typename T, int kDim, int kWarps, int kStages> struct Decoder {
             if (lane / 4 == 0) board.maxima[warp][head] = maxima[e], board.sums[warp][head] = sums[e];
 #pragma unroll
             for (int i = 0; i < kDim / 16; ++i) {
-                to[place_in_sums(head, 16 * i + lane / 4)] = values[i][e];
-                to[place_in_sums(head, 16 * i + 8 + lane / 4)] = values[i][e + 2];
+                to[place_in_sums<kDim>(head, 16 * i + lane / 4)] = values[i][e];
+                to[place_in_sums<kDim>(head, 16 * i + 8 + lane / 4)] = values[i][e + 2];
             }
         }
     }
 
-    // The sums of all warps, in order.
-    __device__ __forceinline__ void combine(const Unit& unit, int stage) const {
-#pragma unroll 1
-        for (int i = thread; i < unit.heads * (kDim / 4); i += 32 * kWarps) {
-            const int head = i / (kDim / 4), dim = i % (kDim / 4) * 4;
-            Total total;
-#pragma unroll
-            for (int w = 0; w < kWarps; ++w) {
-                const float* part = free_slot(w, stage) + place_in_sums(head, dim);
-                total.add(load<float, 4>(part), board.maxima[w][head], board.sums[w][head]);
-            }
-            if (unit.chunks == 1)
-                write(unit, head, dim, total);
-            else
-                write_partial(partial_of(unit, unit.chunk) + head * kPartial, dim, total);
-        }
-    }
-
-    // The partial results of all chunks, in order.
-    __device__ __forceinline__ void merge(const Unit& unit) const {
-#pragma unroll 1
-        for (int i = thread; i < unit.heads * (kDim / 4); i += 32 * kWarps) {
-            const int head = i / (kDim / 4), dim = i % (kDim / 4) * 4;
-            Total total;
-#pragma unroll 1
-            for (int first = 0; first < unit.chunks; first += kMergedAtOnce) {
-                Pack<float, 4> parts[kMergedAtOnce], about[kMergedAtOnce];
-#pragma unroll
-                for (int k = 0; k < kMergedAtOnce; ++k) {
-                    const float* part = partial_of(unit, min(first + k, unit.chunks - 1)) + head * kPartial;
-                    parts[k] = load_past_l1(part + dim);
-                    about[k] = load_past_l1(part + kDim);
-                }
-#pragma unroll
-                for (int k = 0; k < kMergedAtOnce; ++k)
-                    if (first + k < unit.chunks) total.add(parts[k], about[k].elements[0], about[k].elements[1]);
-            }
-            write(unit, head, dim, total);
-        }
-    }
-
-    // Chunk `chunk` of the unit's item.
-    __device__ __forceinline__ float* partial_of(const Unit& unit, int chunk) const {
-        const int id = unit.id + (chunk - unit.chunk) * in.passes;
-        return in.partials + static_cast<long long>(id) * min(kHeads, in.group) * kPartial;
-    }
-
-    __device__ __forceinline__ void write_partial(float* to, int dim, const Total& total) const {
-        store(to + dim, total.values);
-        if (dim == 0) store(to + kDim, Pack<float, 4>{total.maximum, total.sum, 0.0f, 0.0f});
-    }
-
-    __device__ __forceinline__ void write(const Unit& unit, int head, int dim, const Total& total) const {
-        const float factor = __frcp_rn(total.sum);
-        Pack<T, 4> pack;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) pack.elements[e] = from_float<T>(total.values.elements[e] * factor);
-        store(in.out + (static_cast<long long>(unit.request) * in.num_heads() + unit.head + head) * kDim + dim, pack);
-    }
 };
 
 template <typename T, int kDim, int kWarps, int kStages> __device__ __forceinline__ void stream(const Inputs<T>& in) {
@@ -379,7 +326,7 @@ template <typename T, int kDim, int kWarps, int kStages> __device__ __forceinlin
     __shared__ Board<kWarps> board;
     let_next_begin();
     const int thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(kAllLanes, thread / 32, 0);
-    const Units<T, S::kTile> units(in, lane);
+    const Units<T, S::kTile> units(in, lane, gridDim.x);
     Clerk<T, kDim, kWarps> clerk{in, board, units, lane, units.total <= 2 * static_cast<int>(gridDim.x)};
     if (warp < 2) clerk.publish(warp, blockIdx.x + warp * gridDim.x);
     __syncthreads();
@@ -389,7 +336,8 @@ template <typename T, int kDim, int kWarps, int kStages> __device__ __forceinlin
         return;
     }
     Decoder<T, kDim, kWarps, kStages>{
-        in, board, memory, shared_address(memory) + warp * S::kRing, read_once_policy(), thread, lane, warp}.run();
+        in,   board, memory, shared_address(memory) + warp * S::kRing, read_once_policy(),
+        lane, warp,  {in, board, thread}}.run();
 }
 
 }  // namespace

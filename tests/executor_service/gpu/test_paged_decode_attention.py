@@ -113,6 +113,17 @@ def test_a_request_is_answered_alike_in_every_batch(heads) -> None:
     assert torch.equal(together[0], together[-1])
 
 
+@pytest.mark.parametrize("heads", [(32, 32), (64, 16)])
+def test_a_request_is_answered_alike_whatever_its_units_are(heads) -> None:
+    """With enough work a block of threads takes several chunks in one go, except of the last requests."""
+    lengths = [700, 8192, 2048, *[700] * 140, 8192, 2048, 5000, 700]
+    together = make(lengths, heads, 64, 16, torch.bfloat16, 8).attend()
+    for row in (0, 1, 2, len(lengths) - 2):
+        alone = make([lengths[row]], heads, 64, 16, torch.bfloat16, 8).attend()
+        assert torch.equal(alone[0], together[row])
+        assert all(torch.equal(alone[0], together[r]) for r, length in enumerate(lengths) if length == lengths[row])
+
+
 @pytest.mark.parametrize("heads", [(32, 32), (32, 8)])
 def test_the_size_of_the_gpu_does_not_matter(heads) -> None:
     """Half or a third of the blocks of threads give the same bits."""
