@@ -33,13 +33,12 @@ def nth_call(call: GenerateCall, index: int) -> GenerateCall:
     return replace(call, sampling=sampling)
 
 
-async def fan_out(count: int, answer: Callable[[int], AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:
+def fan_out(count: int, answer: Callable[[int], AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:
     """Pieces of answers 0 to `count` - 1 as they come; the first failure ends them all."""
-    if count == 1:
-        async with aclosing(answer(0)) as only:
-            async for own_piece in only:
-                yield own_piece
-        return
+    return answer(0) if count == 1 else _side_by_side(count, answer)
+
+
+async def _side_by_side(count: int, answer: Callable[[int], AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:
     pieces: asyncio.Queue[Piece | asyncio.Task[None]] = asyncio.Queue(MAX_UNREAD)
     has_begun = asyncio.Event()
 

@@ -177,6 +177,8 @@ class Pipeline:
     async def _map_ahead(self, plan: Plan) -> Plan:
         """Map the items whose family has no layout: only then is known what tensors Start is to announce."""
         ahead = [index for index, item in enumerate(plan.items) if item.layout is None]
+        if not ahead:
+            return plan
         mapped = await asyncio.gather(*(self._media.load(plan.items[index], index) for index in ahead))
         items = list(plan.items)
         for index, tensors in zip(ahead, mapped, strict=True):

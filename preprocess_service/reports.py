@@ -70,7 +70,7 @@ class AnswerReport:
         self._ended: list[Ended] = []
 
     def __enter__(self) -> Self:
-        annotate({**self._labels, **_request_attributes(self._call)})
+        annotate(lambda: {**self._labels, **_request_attributes(self._call)})
         return self
 
     def __exit__(
@@ -80,7 +80,7 @@ class AnswerReport:
         self._reports.duration.record(time.perf_counter() - self._began, {**self._labels, **outcome})
         if self._ended:
             self._reports.num_prompt_tokens += self._ended[0].usage.prompt_tokens
-            annotate(_response_attributes(self._ended))
+            annotate(lambda: _response_attributes(self._ended))
 
     def note(self, piece: Delta | Ended) -> None:
         """A piece is about to be sent."""

@@ -1,4 +1,4 @@
-"""The one place where an exception becomes a gRPC status."""
+"""The one place where an exception becomes a gRPC status, and what keeps wrapped handlers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,27 @@ from diptych.service.errors import DiptychError, InternalError, InvalidInputErro
 from diptych.service.telemetry import note_error
 
 LOG = logging.getLogger("diptych.rpc")
+
+
+class HandlerCache(grpc.aio.ServerInterceptor):
+    """Stands outside all others, which wrap a method's handler for its first call only."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[str, grpc.RpcMethodHandler] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """The handler as it was wrapped before; methods that do not exist are not remembered."""
+        method = handler_call_details.method
+        if (known := self._handlers.get(method)) is not None:
+            return known
+        handler = await continuation(handler_call_details)
+        if handler is not None:
+            self._handlers[method] = handler
+        return handler
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):

@@ -19,7 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from diptych.service.errors import DiptychError, UnavailableError
-from diptych.service.interceptor import ErrorInterceptor
+from diptych.service.interceptor import ErrorInterceptor, HandlerCache
 from diptych.service.telemetry import Telemetry
 from diptych.service.telemetry.interceptor import TelemetryInterceptor
 
@@ -82,7 +82,8 @@ class GrpcFrame:
         self._host, self._port = host, port
         self._service_name = service_name
         self.health = health.aio.HealthServicer()
-        interceptors = (TelemetryInterceptor(telemetry or Telemetry(), unwatched), ErrorInterceptor())
+        watched = TelemetryInterceptor(telemetry or Telemetry(), unwatched)
+        interceptors = (HandlerCache(), watched, ErrorInterceptor())
         self.server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         names = [service_name, health.SERVICE_NAME, reflection.SERVICE_NAME]

@@ -236,6 +236,12 @@ class Front:
         request.received = time.monotonic()
         request.is_at_engine = True
         self._link.send(submit)
+        self._touch_ahead()
+
+    def _touch_ahead(self) -> None:
+        """Make memory ready for the requests to come, a little in every turn of the loop."""
+        if self._arena.touch_ahead():
+            asyncio.get_running_loop().call_soon(self._touch_ahead)
 
     def end(self, request: FrontRequest, error: DiptychError) -> None:
         """End a request with an error; at the engine it is aborted first, and reported when its blocks are free."""
@@ -259,7 +265,7 @@ class Front:
     # --- the engine's side --------------------------------------------------------------------------
 
     def _on_step(self, report: StepReport) -> None:
-        """Give every stream its share of the step, in one message each."""
+        """Give every stream its share of the step, in one message each; who has ended gets its Final behind it."""
         for number, entries in report.prompt_logprobs:
             if (request := self._requests[number]).error is None:
                 request.outlet.put_prompt_logprobs(request.handle, entries)
@@ -271,15 +277,18 @@ class Front:
                 request.num_output_tokens += 1
                 request.outlet.put_token(request.handle, token_id, logprobs.get(index))
                 touched[request.outlet] = None
+        for outlet in touched:
+            outlet.flush()
+        self.load, self.counters = report.load, report.counters
+        # In the loop's next turn: by then the tokens, for which somebody waits, are with the transport.
+        asyncio.get_running_loop().call_soon(self._after_step, report)
+
+    def _after_step(self, report: StepReport) -> None:
         for finished in report.finished:
             request = self._requests[finished.request_id]
             final = self._final(request, finished)
             self._close(request, finished)
             request.outlet.put_final(final)
-            touched[request.outlet] = None
-        for outlet in touched:
-            outlet.flush()
-        self.load, self.counters = report.load, report.counters
         self._reports.step(report)
 
     def _final(self, request: FrontRequest, finished: Finished) -> executor_pb2.Final:

@@ -12,6 +12,7 @@ import pytest_asyncio
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from diptych.service import interceptor
 from diptych.service.lifecycle import GrpcFrame
 from diptych.v1 import preprocess_pb2
 from diptych.v1.preprocess_pb2_grpc import PreprocessServiceServicer, add_PreprocessServiceServicer_to_server
@@ -41,6 +42,25 @@ async def channel() -> AsyncIterator[grpc.aio.Channel]:
     async with grpc.aio.insecure_channel(address) as channel:
         yield channel
     await frame.stop(0)
+
+
+async def test_a_handler_is_wrapped_once(channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often its method is called."""
+    wrapped: list[str] = []
+    real = interceptor._wrapped
+
+    def noted(handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
+        wrapped.append(method)
+        return real(handler, method)
+
+    monkeypatch.setattr(interceptor, "_wrapped", noted)
+    for method in ("Tokenize", "Generate", "Tokenize", "Generate"):
+        await call(channel, method, b"")
+    for _ in range(2):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary(f"/{SERVICE}/Nonsense")(b"")
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert wrapped == [f"/{SERVICE}/Tokenize", f"/{SERVICE}/Generate"]
 
 
 async def _read_all(call: Any) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from itertools import pairwise
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from executor_service.front.arena import ALIGNMENT, Arena, Region, aligned
+from executor_service.front.arena import ALIGNMENT, TOUCHED_AHEAD, TOUCHED_AT_ONCE, Arena, Region, aligned
 
 SIZE = 64 * ALIGNMENT
 
@@ -54,6 +57,46 @@ class ArenaMachine(RuleBasedStateMachine):
         self.arena.check_integrity()
         assert all(a.end <= b.offset for a, b in pairwise(self.real()))
         assert self.arena.num_used_bytes == sum(region.num_bytes for region in self.regions)
+
+
+def num_resident_bytes(arena: Arena) -> int:
+    return os.fstat(arena.fd).st_blocks * 512
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere files count other blocks")
+def test_memory_is_there_before_it_is_handed_out() -> None:
+    arena = Arena(4 * TOUCHED_AHEAD)
+    assert num_resident_bytes(arena) == TOUCHED_AHEAD
+    region = arena.take(TOUCHED_AT_ONCE + 1)
+    assert region is not None
+    assert num_resident_bytes(arena) == TOUCHED_AHEAD, "nobody waits for it while it is taken"
+    assert arena.touch_ahead()
+    assert num_resident_bytes(arena) == TOUCHED_AHEAD + TOUCHED_AT_ONCE
+    while arena.touch_ahead():
+        pass
+    assert num_resident_bytes(arena) >= region.end + TOUCHED_AHEAD
+    assert num_resident_bytes(arena) < region.end + TOUCHED_AHEAD + (1 << 16), "no more than is asked for"
+    arena.release(region)
+    assert arena.take(region.num_bytes) == region
+    assert not arena.touch_ahead(), "it has been used before"
+    arena.close()
+
+
+def test_touching_leaves_what_is_there() -> None:
+    """Also where a region reaches beyond what was touched, and to the arena's end."""
+    arena = Arena(TOUCHED_AHEAD + 3 * TOUCHED_AT_ONCE + ALIGNMENT)
+    for num_bytes in (
+        ALIGNMENT,
+        TOUCHED_AHEAD + TOUCHED_AT_ONCE,
+        arena.num_bytes - TOUCHED_AHEAD - TOUCHED_AT_ONCE - ALIGNMENT,
+    ):
+        region = arena.take(num_bytes)
+        assert region is not None
+        arena.view[region.offset : region.end] = b"\x01" * region.num_bytes
+        while arena.touch_ahead():
+            pass
+    assert bytes(arena.view) == b"\x01" * arena.num_bytes
+    arena.close()
 
 
 ArenaMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -330,6 +330,22 @@ def test_a_steps_tokens_are_one_message_per_stream(channel, planner, reports) ->
         assert sorted(handle for packed in stream.packed for handle in packed) == sorted(own * num_tokens)
 
 
+def test_the_last_token_is_sent_before_its_request_is_closed(channel, planner, server, monkeypatch) -> None:
+    front = server[0].front
+    unsent: list[int] = []
+    real = front._close
+
+    def noted(request: Any, finished: Any = None) -> None:
+        unsent.append(len(request.outlet._outgoing) + len(request.outlet._handles))
+        real(request, finished)
+
+    monkeypatch.setattr(front, "_close", noted)
+    with Peer(channel) as peer:
+        peer.start(1, planner.plan("no picture", sizes=(), max_tokens=1))
+        assert len(peer.finish(1).tokens) == 1
+    assert unsent == [0]
+
+
 def test_deadline_names_the_stage(channel, planner) -> None:
     waiting, generating = planner.plan(), planner.plan("no picture", sizes=(), max_tokens=1500)
     for planned in (waiting, generating):

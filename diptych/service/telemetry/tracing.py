@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
@@ -88,11 +89,11 @@ def stage(name: str, *, is_remote: bool = False, **attributes: AttributeValue) -
     return Stage(telemetry, name, SpanKind.CLIENT if is_remote else SpanKind.INTERNAL, attributes)
 
 
-def annotate(attributes: dict[str, AttributeValue | list[str]]) -> None:
-    """Attributes of the current span, under their full names."""
+def annotate(make_attributes: Callable[[], Mapping[str, AttributeValue | list[str]]]) -> None:
+    """Attributes of the current span, under their full names; made only where it is recorded."""
     span = trace.get_current_span()
     if span.is_recording():
-        for name, value in attributes.items():
+        for name, value in make_attributes().items():
             span.set_attribute(name, value)
 
 
