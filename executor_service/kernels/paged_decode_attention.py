@@ -183,11 +183,7 @@ def _streaming(
 def _variant(head_dim: int, device: int) -> Variant:
     """What was fastest where it fits: shared memory of a multiprocessor, 4 KiB of it for what else a block needs."""
     available = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-    for stages in (3, 2):
-        bytes_each = Variant(4, stages, 1).shared_bytes(head_dim) + 4096
-        if 2 * bytes_each <= available:
-            return Variant(4, stages, 2)
-    return Variant(4, 2, 1)
+    return Variant(4, 2, 2 if 2 * (Variant(4, 2, 1).shared_bytes(head_dim) + 4096) <= available else 1)
 
 
 @cache

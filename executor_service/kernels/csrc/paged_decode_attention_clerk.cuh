@@ -19,7 +19,7 @@ __device__ unsigned num_written[kMaxItems], num_asked_for;
 
 // What the warps of a block know in common. The clerk writes of unit n + 2 while unit n is computed; all else is
 // written before the first barrier at the end of a unit and read before the second.
-template <int kWarps> struct Board {
+template <int kWarps> struct alignas(256) Board {
     Unit units[kUnitsKept];
     int blocks[kTablesKept][kWarps][kMostTiles];  // in which 16 tokens of each tile lie
     float maxima[kWarps][kHeads], sums[kWarps][kHeads];

@@ -55,7 +55,7 @@ struct Tree {
 };
 
 template <typename T, int kDim, int kWarps> struct Results {
-    static constexpr int kMergedAtOnce = 1 << kLevels, kThreads = 32 * kWarps;
+    static constexpr int kMergedAtOnce = 4, kThreads = 32 * kWarps;
     static constexpr int kTotals = (kHeads * (kDim / 4) + kThreads - 1) / kThreads;  // of a unit, for each thread
     static constexpr int kPartial = kDim + 4;  // floats of one head's partial result: sums, maximum, sum, two unused
 
@@ -96,24 +96,25 @@ template <typename T, int kDim, int kWarps> struct Results {
         for (int i = thread; i < unit.heads * (kDim / 4); i += kThreads) {
             const int head = i / (kDim / 4), dim = i % (kDim / 4) * 4;
             Total total;
+            Tree tree;
 #pragma unroll 1
             for (int first = 0; first < unit.places; first += kMergedAtOnce) {
                 Total parts[kMergedAtOnce];
                 read_partials(unit, first, head, dim, parts);
 #pragma unroll
-                for (int stride = 1; stride < kMergedAtOnce; stride *= 2)
-                    if (stride < unit.each)
-#pragma unroll
-                        for (int k = 0; k < kMergedAtOnce; k += 2 * stride) parts[k].add(parts[k + stride]);
-#pragma unroll
-                for (int k = 0; k < kMergedAtOnce; ++k)
-                    if (k % unit.each == 0) total.add(parts[k]);
+                for (int k = 0; k < kMergedAtOnce; ++k) {
+                    const int place = first + k, number = place & (unit.each - 1);
+                    if (place >= unit.places) continue;
+                    const bool is_last = number == unit.each - 1 || place == unit.places - 1;
+                    tree.add(parts[k], number, is_last);
+                    if (is_last) total.add(parts[k]);
+                }
             }
             write(unit, head, dim, total);
         }
     }
 
-    // From unit `first` of an item on; nothing, where there are no more.
+    // From unit `first` of an item on; the last one again, where there are no more.
     __device__ __forceinline__ void read_partials(
         const Unit& unit, int first, int head, int dim, Total (&parts)[kMergedAtOnce]) const {
         Pack<float, 4> values[kMergedAtOnce], about[kMergedAtOnce];
@@ -124,8 +125,7 @@ template <typename T, int kDim, int kWarps> struct Results {
             about[k] = load_past_l1(part + kDim);
         }
 #pragma unroll
-        for (int k = 0; k < kMergedAtOnce; ++k)
-            if (first + k < unit.places) parts[k] = {values[k], about[k].elements[0], about[k].elements[1]};
+        for (int k = 0; k < kMergedAtOnce; ++k) parts[k] = {values[k], about[k].elements[0], about[k].elements[1]};
     }
 
     // Unit `place` of the unit's item.

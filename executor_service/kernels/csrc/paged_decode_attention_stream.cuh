@@ -322,7 +322,7 @@ template <typename T, int kDim, int kWarps, int kStages> struct Decoder {
 
 template <typename T, int kDim, int kWarps, int kStages> __device__ __forceinline__ void stream(const Inputs<T>& in) {
     using S = Shape<kDim, kWarps, kStages>;
-    extern __shared__ __align__(128) unsigned char memory[];
+    extern __shared__ __align__(256) unsigned char memory[];  // rows of 256 bytes: addresses in them are made by xor
     __shared__ Board<kWarps> board;
     let_next_begin();
     const int thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(kAllLanes, thread / 32, 0);
