@@ -12,9 +12,8 @@ from executor_service.kernels.cuda.module import INT, LONG, POINTER, Kernel, dty
 from executor_service.kernels.library import define_op
 
 _THREADS: Final = 256
-_WIDE_THREADS: Final = 320
-"""About so many: then a multiprocessor has room for six blocks, the share of each of an H100's at 32 tiles, so that
-those that begin early do not crowd where room is first."""
+_WIDE_THREADS: Final = 480
+"""About so many: fewer were slower at any number of tiles (docs/notes/streaming.md)."""
 _MAX_THREADS: Final = 512
 _MAX_SHARED_BYTES: Final = 96 * 1024
 """Of one block, which every GPU from sm_80 on has."""

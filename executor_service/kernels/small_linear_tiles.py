@@ -22,7 +22,7 @@ _COLUMNS: Final = 64
 _TILE_BYTES: Final = _TILE_ROWS * _COLUMNS * 2
 _WARPS: Final = 8
 _THREADS: Final = 32 * (_WARPS + 2)
-_SPLITS: Final = 4
+SPLITS: Final = 2
 """Blocks of a cluster: each has so many columns of its tiles."""
 _SCRATCH_BYTES: Final = 512 * _WARPS + 16 * _WARPS + 1024
 """Beside the rings and other blocks' sums: to turn elements, barriers, and what aligning takes."""
@@ -73,17 +73,17 @@ def launcher(shape: Shape) -> Callable[..., None]:
     """Takes x, weight, bias, residual, out; of bias and residual 0 where there is none."""
     types = (*[BY_VALUE] * 3, *[POINTER] * 3, *[INT] * 6)
     name = f"small_linear_tiles_{dtype_name(shape.dtype)}_{shape.kind}_{shape.compiled_rows}"
-    launch = kernel("small_linear_tiles", name, types, _SHARED_BYTES, _SPLITS, is_dependent=True)
+    launch = kernel("small_linear_tiles", name, types, _SHARED_BYTES, SPLITS, is_dependent=True)
     clusters, units = division(shape.features, _most_clusters(name, types))
     rest = units % shape.units or min(units, shape.units)
-    steps = ceil(shape.width / (_COLUMNS * _SPLITS))
+    steps = ceil(shape.width / (_COLUMNS * SPLITS))
     num_x_stages, num_stages = stages(shape)
     numbers = shape.rows, shape.features, units, steps, num_stages, num_x_stages
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | int, residual: Tensor | int, out: Tensor) -> None:
         address = weight.data_ptr()
         maps = _weight_map(shape, address, shape.units), _weight_map(shape, address, rest), _x_map(shape, x.data_ptr())
-        launch((clusters * _SPLITS,), _THREADS, *maps, bias, residual, out, *numbers)
+        launch((clusters * SPLITS,), _THREADS, *maps, bias, residual, out, *numbers)
 
     return run
 
@@ -98,19 +98,19 @@ def _most_clusters(name: str, types: tuple[Any, ...]) -> int:
     """That run at the same time: a cluster lies within one part of the GPU, and not every part holds whole ones."""
     from cuda.bindings import driver
 
-    alone = kernel("small_linear_tiles", name, types, _SHARED_BYTES, _SPLITS)
+    alone = kernel("small_linear_tiles", name, types, _SHARED_BYTES, SPLITS)
     config = alone.config
-    config.gridDimX, config.gridDimY, config.gridDimZ, config.blockDimX = 1024 * _SPLITS, 1, 1, _THREADS
+    config.gridDimX, config.gridDimY, config.gridDimZ, config.blockDimX = 1024 * SPLITS, 1, 1, _THREADS
     status, count = driver.cuOccupancyMaxActiveClusters(alone.function, config)
     if status.value or not count:
-        raise RuntimeError(f"no cluster of {_SPLITS} blocks fits on the GPU: {status.name}")
+        raise RuntimeError(f"no cluster of {SPLITS} blocks fits on the GPU: {status.name}")
     return int(count)
 
 
 def stages(shape: Shape) -> tuple[int, int]:
     """Stages of x and tiles of weights that fit beside other blocks' sums, with two barriers of 8 bytes each."""
-    own_groups = ceil(shape.compiled_rows / (8 * _SPLITS))
-    sums_bytes = _WARPS * (_SPLITS - 1) * min(own_groups, 2) * 512
+    own_groups = ceil(shape.compiled_rows / (8 * SPLITS))
+    sums_bytes = _WARPS * (SPLITS - 1) * min(own_groups, 2) * 512
     x_bytes = 8 * ceil(shape.rows / 8) * _COLUMNS * 2 + 16
     num_x_stages = 4 if shape.rows <= 64 else 3
     rest = _SHARED_BYTES - _SCRATCH_BYTES - sums_bytes - num_x_stages * x_bytes

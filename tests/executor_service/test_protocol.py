@@ -59,7 +59,7 @@ def test_bidirectional_spans_come_from_a_method() -> None:
     class Spans(Complete):
         bidirectional_spans = True
 
-    with pytest.raises(TypeError, match="Spans.bidirectional_spans is to be a method"):
+    with pytest.raises(TypeError, match=r"Spans\.bidirectional_spans is to be a method"):
         check_model_class(Spans, [])
 
 

@@ -1,7 +1,7 @@
-// x @ weight^T for 17 to 128 rows of x on Hopper: the weights stream once from memory to the tensor cores.
+// x @ weight^T for 5 to 128 rows of x on Hopper: the weights stream once from memory to the tensor cores.
 //
-// A tile is 128 rows of the weight, the left operand of wgmma; the rows of x are its columns. Each cluster of four
-// blocks has an equal range of rows of the weight, each block a quarter of the columns; behind a tile's last column they
+// A tile is 128 rows of the weight, the left operand of wgmma; the rows of x are its columns. Each cluster of two
+// blocks has an equal range of rows of the weight, each block half of the columns; behind a tile's last column they
 // add up through each other's shared memory (small_linear_tiles.cuh). In a block one warp asks for weights, 64 columns
 // of a tile at a time, into a ring in shared memory, one for x into a ring of its own, and two warpgroups have 64 rows
 // of the tile each. Which columns a block has depends on their number alone, so a row's result depends neither on the

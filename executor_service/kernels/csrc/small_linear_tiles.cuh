@@ -4,7 +4,7 @@
 #include "small_linear_parts.cuh"
 #include "warpgroup.cuh"
 
-constexpr int kSplits = 4;  // blocks of a cluster, a part of the columns each
+constexpr int kSplits = 2;  // blocks of a cluster, a part of the columns each
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 

@@ -123,7 +123,9 @@ def launch_normalize() -> Iterator[object]:
 
 def launch_small_linear() -> Iterator[object]:
     """The streaming kernel at every number of groups of rows, and the plain one; all epilogues."""
-    for dtype, rows, (features, width) in product(DTYPES, [1, 9, 16, 19], [(100, 384), (34, 2080), (6, 7)]):
+    for dtype, rows, (features, width) in product(
+        DTYPES, [1, 9, 16, 19, 70], [(100, 384), (272, 136), (34, 2080), (6, 7)]
+    ):
         x, weight = normal(rows, width, dtype=dtype), normal(features, width, dtype=dtype)
         torch.cuda.synchronize()  # a weight is not written by the kernel just before
         yield small_linear(x, weight)
