@@ -19,6 +19,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Final, NoReturn
 
+from executor_service.engine.imports import without_unused
 from executor_service.engine.messages import BootFailed, EngineConfig, EngineFailed
 from executor_service.engine.stages import Stages
 from registry.errors import CheckpointError, RegistryError
@@ -76,15 +77,16 @@ def _boot(config: EngineConfig, connection: Connection) -> BootedEngine:
             from executor_service.kernels.cuda import ahead
 
             ahead.begin()
-        from executor_service.engine.configuration import pick_device
-        from executor_service.models.weights import WeightReader
+        with without_unused():
+            from executor_service.engine.configuration import pick_device
+            from executor_service.models.weights import WeightReader
 
-        device = pick_device(config.device)
-        reader = None
-        if device.type == "cuda":
-            with contextlib.suppress(CheckpointError):  # which is told in its turn
-                reader = WeightReader(config.model_dir, device)
-        from executor_service.engine.boot import boot
+            device = pick_device(config.device)
+            reader = None
+            if device.type == "cuda":
+                with contextlib.suppress(CheckpointError):  # which is told in its turn
+                    reader = WeightReader(config.model_dir, device)
+            from executor_service.engine.boot import boot
 
         gc.freeze()
         gc.enable()

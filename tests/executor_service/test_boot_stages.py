@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from diptych.service.beginning import process_began
+from executor_service.engine.imports import UNUSED
 from executor_service.engine.messages import BootProgress
 from executor_service.engine.stages import Stages
 from executor_service.kernels.cuda import ahead
@@ -173,3 +175,24 @@ def test_reading_can_be_given_up(
     assert next(reader.tensors(lambda *_: None))[0] == "layer.000"
     reader.close()
     reader._pool.shutdown(wait=True)
+
+
+def test_packages_that_no_engine_uses_are_not_imported(tmp_path: Path) -> None:
+    """Each is installed here, and dear; behind the imports a model's own code may have it."""
+    for name in UNUSED:
+        (tmp_path / f"{name}.py").write_text(f"print('imported', {name!r})\n")
+        metadata = tmp_path / f"{name}-99.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 99.0\n")
+        (metadata / "top_level.txt").write_text(name)
+    code = """
+from executor_service.engine.imports import UNUSED, without_unused
+with without_unused():
+    import executor_service.engine.boot
+import sys
+print([name for name in UNUSED if name in sys.modules])
+import sklearn
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), os.getcwd()))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines() == ["[]", "imported sklearn"]
