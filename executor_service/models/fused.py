@@ -1,13 +1,15 @@
 """The fused path: our own loop over a Llama-shaped decoder, with fewer and larger operations than the stock one.
 
 Reads weights and configuration from transformers' module and shares its memory: query, key and value matrices become
-one, gate and up matrices another, and the module's own parameters views of them. So the stock path stays its twin.
+one, gate and up matrices another, each layer's lie together, and the module's own parameters are views of them. So the
+stock path stays its twin.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Final, Self
 
 import torch
@@ -29,6 +31,9 @@ WINDOWS: Final[dict[type, Callable[[Any], int | None]]] = {
 
 A subclass may differ, so none is taken.
 """
+PACK_ALIGNMENT: Final = 256
+"""Elements: matrices that lie together begin where the allocator would have them begin, at multiples of 512 bytes
+where an element has two."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +136,19 @@ def rotary_table(model: Any) -> Tensor:
 
 def _fuse(layer: Any, window_of: Callable[[Any], int | None]) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
+    qkv, output, gate_up, down = pack_linears(
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        (attention.o_proj,),
+        (mlp.gate_proj, mlp.up_proj),
+        (mlp.down_proj,),
+    )
     return _Layer(
         _norm(layer.input_layernorm),
-        Linear(*merge_linears((attention.q_proj, attention.k_proj, attention.v_proj))),
-        Linear(attention.o_proj.weight, attention.o_proj.bias),
+        Linear(*qkv),
+        Linear(*output),
         _norm(layer.post_attention_layernorm),
-        GatedLinear(*merge_linears((mlp.gate_proj, mlp.up_proj))),
-        Linear(mlp.down_proj.weight, mlp.down_proj.bias),
+        GatedLinear(*gate_up),
+        Linear(*down),
         attention.scaling,
         window_of(attention) or 0,
     )
@@ -147,9 +158,27 @@ def _norm(module: Any) -> _Norm:
     return _Norm(module.weight, module.variance_epsilon)
 
 
-def merge_linears(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """One matrix, and bias, of several with the same input, whose parameters become its rows."""
-    weight = torch.cat([linear.weight for linear in linears])
+@torch.no_grad()
+def pack_linears(*groups: Sequence[nn.Linear]) -> list[tuple[Tensor, Tensor | None]]:
+    """One matrix, and bias, of each group of linears with the same input, whose parameters become its rows.
+
+    All matrices of a layer lie in one piece of new memory, those that are alone too. So what the checkpoint's tensors
+    leave behind is a hole of the next layer's size. Matrix by matrix it is two holes between what stays, too small for
+    what comes, and the allocator, which maps whole pages of 20 MiB, can give back neither of them wholly: 1 GB of a 7B
+    model.
+    """
+    sizes = [sum(linear.weight.numel() for linear in group) for group in groups]
+    begins = [0, *accumulate(-(-size // PACK_ALIGNMENT) * PACK_ALIGNMENT for size in sizes)]
+    memory = groups[0][0].weight.new_empty(begins[len(groups) - 1] + sizes[-1])
+    return [
+        _merge(group, memory[begin : begin + size].view(-1, group[0].in_features))
+        for group, begin, size in zip(groups, begins, sizes, strict=False)
+    ]
+
+
+def _merge(linears: Sequence[nn.Linear], weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Their matrices, one below the other in `weight`, and biases."""
+    torch.cat([linear.weight for linear in linears], out=weight)
     bias = torch.cat([linear.bias for linear in linears]) if linears[0].bias is not None else None
     begin = 0
     for linear in linears:

@@ -15,7 +15,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from executor_service.kernels.layer_norm import ADD_LAYER_NORM, LAYER_NORM
-from executor_service.models.fused import merge_linears
+from executor_service.models.fused import pack_linears
 
 LAYERS: Final = (CLIPEncoderLayer, SiglipEncoderLayer)
 """Norm, attention, norm and MLP, each with a residual addition. A subclass may differ, so none is taken."""
@@ -45,10 +45,11 @@ class _TowerLayer:
     """Stands in for `layer.forward`."""
 
     def __init__(self, layer: Any) -> None:
-        attention = layer.self_attn
+        attention, mlp = layer.self_attn, layer.mlp
         self._norms = [(norm.weight, norm.bias, norm.eps) for norm in (layer.layer_norm1, layer.layer_norm2)]
-        self._qkv = merge_linears((attention.q_proj, attention.k_proj, attention.v_proj))
-        self._out, self._mlp = attention.out_proj, layer.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self._qkv, *_ = pack_linears(projections, (attention.out_proj,), (mlp.fc1,), (mlp.fc2,))
+        self._out, self._mlp = attention.out_proj, mlp
         self._head_dim, self._scale = attention.head_dim, attention.scale
         device = layer.layer_norm1.weight.device.type
         self._layer_norm, self._add_layer_norm = LAYER_NORM.direct(device), ADD_LAYER_NORM.direct(device)

@@ -11,7 +11,7 @@ import torch
 from executor_service.engine.boot import boot
 from executor_service.engine.messages import EngineConfig
 from executor_service.layers.context import AttentionMetadata, KVCache, forward_context
-from executor_service.models.fused import FusedDecoder
+from executor_service.models.fused import PACK_ALIGNMENT, FusedDecoder, pack_linears
 from registry.errors import CheckpointError
 from tests.checkpoints import make_llava_checkpoint
 from tests.executor_service.conftest import boot_engine
@@ -110,3 +110,26 @@ def test_what_cannot_be_fused_must_not_be_asked_for(tmp_path: Path) -> None:
     config = EngineConfig(model_dir=make_patchwork(tmp_path), plugins=("tests.plugins.patchwork",), decoder="fused")
     with pytest.raises(CheckpointError, match=r"--decoder fused: .* has no decoder of a shape .*use --decoder auto"):
         boot(config, lambda progress: None)
+
+
+def test_a_layers_matrices_lie_together(model: Any) -> None:
+    """In one piece of memory, each where the allocator would have it begin, and nothing else in it."""
+    assert model.fuse_decoder()
+    for layer in model.hf.model.language_model.layers:
+        weights = [module.weight for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+        assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+        assert weights[0].untyped_storage().nbytes() == sum(weight.nbytes for weight in weights)
+    for fused in model.fused_decoder._layers:
+        for linear in (fused.qkv, fused.output, fused.gate_up, fused.down):
+            assert linear.weight.storage_offset() % PACK_ALIGNMENT == 0
+
+
+def test_matrices_of_odd_sizes_do_not_overlap() -> None:
+    linears = [torch.nn.Linear(5, out) for out in (3, 2, 7)]
+    before = [(linear.weight.clone(), linear.bias.clone()) for linear in linears]
+    (first, bias), (second, _) = pack_linears(linears[:2], linears[2:])
+    assert torch.equal(first, torch.cat([before[0][0], before[1][0]]))
+    assert torch.equal(bias, torch.cat([before[0][1], before[1][1]]))
+    assert torch.equal(second, before[2][0])
+    assert second.storage_offset() == PACK_ALIGNMENT
+    assert all(torch.equal(linear.weight, weight) for linear, (weight, _) in zip(linears, before, strict=True))
