@@ -31,6 +31,8 @@ WINDOWS: Final[dict[type, Callable[[Any], int | None]]] = {
 
 A subclass may differ, so none is taken.
 """
+MAX_MLP_ROWS: Final = 4096
+"""At once: what gate and up make of more takes memory that the KV cache could have, and is computed no faster."""
 PACK_ALIGNMENT: Final = 256
 """Elements: matrices that lie together begin where the allocator would have them begin, at multiples of 512 bytes
 where an element has two."""
@@ -59,6 +61,15 @@ class _Layer:
         """`qkv` without the queries."""
         first, bias = self.output.weight.shape[1], self.qkv.bias
         return Linear(self.qkv.weight[first:], None if bias is None else bias[first:])
+
+    def mlp_added_to(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """`residual` + MLP, as `Linear.added_to`: many rows in even slices, each added in its place."""
+        num_slices = -(-len(hidden) // MAX_MLP_ROWS)
+        if num_slices <= 1:
+            return self.down.added_to(self.gate_up(hidden), residual)
+        for rows, sums in zip(hidden.chunk(num_slices), residual.chunk(num_slices), strict=True):
+            self.down.added_to(self.gate_up(rows), sums)
+        return residual
 
 
 class FusedDecoder:
@@ -103,7 +114,7 @@ class FusedDecoder:
             hidden = paged_attention(hidden, cache, batch, layer.scale, layer.sliding_window, 0.0)
             residual = layer.output.added_to(hidden.flatten(1), residual)
             hidden = self._norm(residual, layer.mlp_norm)
-            residual = layer.down.added_to(layer.gate_up(hidden), residual)
+            residual = layer.mlp_added_to(hidden, residual)
             hidden = self._norm(residual, next_norm)
         return hidden
 

@@ -11,6 +11,8 @@ import torch
 from executor_service.engine.boot import boot
 from executor_service.engine.messages import EngineConfig
 from executor_service.layers.context import AttentionMetadata, KVCache, forward_context
+from executor_service.layers.linear import GatedLinear
+from executor_service.models import fused
 from executor_service.models.fused import PACK_ALIGNMENT, FusedDecoder, pack_linears
 from registry.errors import CheckpointError
 from tests.checkpoints import make_llava_checkpoint
@@ -119,8 +121,8 @@ def test_a_layers_matrices_lie_together(model: Any) -> None:
         weights = [module.weight for module in layer.modules() if isinstance(module, torch.nn.Linear)]
         assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
         assert weights[0].untyped_storage().nbytes() == sum(weight.nbytes for weight in weights)
-    for fused in model.fused_decoder._layers:
-        for linear in (fused.qkv, fused.output, fused.gate_up, fused.down):
+    for layer in model.fused_decoder._layers:
+        for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
             assert linear.weight.storage_offset() % PACK_ALIGNMENT == 0
 
 
@@ -133,3 +135,22 @@ def test_matrices_of_odd_sizes_do_not_overlap() -> None:
     assert torch.equal(second, before[2][0])
     assert second.storage_offset() == PACK_ALIGNMENT
     assert all(torch.equal(linear.weight, weight) for linear, (weight, _) in zip(linears, before, strict=True))
+
+
+@pytest.mark.parametrize(("limit", "slices"), [(37, [37]), (36, [19, 18]), (13, [13, 13, 11]), (12, [10, 10, 10, 7])])
+def test_the_mlp_in_slices(model: Any, monkeypatch: pytest.MonkeyPatch, limit: int, slices: list[int]) -> None:
+    """Even ones of at most so many rows, and the same hidden states."""
+    assert model.fuse_decoder()
+    whole, _ = run(model, 0)
+    seen: list[int] = []
+    gate_up = GatedLinear.__call__
+
+    def counted(self: GatedLinear, x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return gate_up(self, x)
+
+    monkeypatch.setattr(GatedLinear, "__call__", counted)
+    monkeypatch.setattr(fused, "MAX_MLP_ROWS", limit)
+    sliced, _ = run(model, 0)
+    assert seen == slices * len(model.fused_decoder._layers)
+    torch.testing.assert_close(sliced, whole, atol=1e-12, rtol=1e-12)
