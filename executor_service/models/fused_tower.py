@@ -2,6 +2,7 @@
 
 One product makes queries, keys and values, the residual addition goes with the norm behind it, and layers behind the
 last whose output becomes features do nothing. The matrix that the product has is shared with the module's parameters.
+Hidden states that become no features are overwritten by the next: all of them together are most of an encoder's memory.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
@@ -29,9 +31,11 @@ def fuse_tower(tower: nn.Module, feature_layer: int | Sequence[int]) -> None:
     """
     layers = [module for module in tower.modules() if type(module) in LAYERS]
     chosen = [feature_layer] if isinstance(feature_layer, int) else feature_layer
-    num_used = max((one % (len(layers) + 1) for one in chosen), default=0)
-    for layer in layers[:num_used]:
-        layer.forward = _TowerLayer(layer)
+    kept = {one % (len(layers) + 1) for one in chosen}
+    num_used = max(kept, default=0)
+    for number, layer in enumerate(layers[:num_used]):
+        # The first one's input is the embedding's own, and may have another order in memory.
+        layer.forward = _TowerLayer(layer, overwrites=number > 0 and number not in kept)
     for layer in layers[num_used:]:
         layer.forward = _pass
 
@@ -42,9 +46,10 @@ def _pass(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 class _TowerLayer:
-    """Stands in for `layer.forward`."""
+    """Stands in for `layer.forward`; `overwrites` its input with its output, if that may be."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, overwrites: bool) -> None:
+        self._overwrites = overwrites
         attention, mlp = layer.self_attn, layer.mlp
         self._norms = [(norm.weight, norm.bias, norm.eps) for norm in (layer.layer_norm1, layer.layer_norm2)]
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -55,14 +60,14 @@ class _TowerLayer:
         self._layer_norm, self._add_layer_norm = LAYER_NORM.direct(device), ADD_LAYER_NORM.direct(device)
 
     def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
-        """[N, S, hidden] -> [N, S, hidden], a new tensor."""
+        """[N, S, hidden] -> [N, S, hidden]."""
         if attention_mask is not None:
             raise ValueError("a vision tower's tokens all see each other: its layers take no mask")
         before_attention, before_mlp = self._norms
         attended = self._attend(self._layer_norm(hidden_states, *before_attention))
         total, normal = self._add_layer_norm(self._out(attended), hidden_states, *before_mlp)
-        result: Tensor = total.add_(self._mlp(normal))
-        return result
+        result = hidden_states if self._overwrites else total
+        return torch.add(total, self._mlp(normal), out=result)
 
     def _attend(self, x: Tensor) -> Tensor:
         heads = F.linear(x, *self._qkv).unflatten(-1, (3, -1, self._head_dim))

@@ -34,7 +34,7 @@ def hidden_states(tower: Any, seed: int = 0) -> tuple[Tensor, ...]:
 
 def test_twins(tower: Any) -> None:
     stock = hidden_states(tower)
-    fuse_tower(tower, -1)
+    fuse_tower(tower, range(len(stock)))
     fused = hidden_states(tower)
     assert len(fused) == len(stock)
     for one, other in zip(fused, stock, strict=True):
@@ -54,6 +54,19 @@ def test_what_nobody_asks_for_is_not_computed(tower: Any, feature_layer: int | l
     for one in [feature_layer] if isinstance(feature_layer, int) else feature_layer:
         torch.testing.assert_close(fused[one], stock[one], atol=1e-12, rtol=1e-12)
     assert all(state.isfinite().all() for state in fused)
+
+
+@pytest.mark.parametrize(("feature_layer", "num_pieces"), [(-1, 2), (-2, 2), ([1, -1], 3), ([0, 2], 2)])
+def test_hidden_states_that_nobody_asks_for_take_no_memory(
+    tower: Any, feature_layer: int | list[int], num_pieces: int
+) -> None:
+    """Beside the embedding one, and those that are asked for, whose values stay."""
+    stock = hidden_states(tower)
+    fuse_tower(tower, feature_layer)
+    fused = hidden_states(tower)
+    for one in [feature_layer] if isinstance(feature_layer, int) else feature_layer:
+        torch.testing.assert_close(fused[one], stock[one], atol=1e-12, rtol=1e-12)
+    assert len({state.untyped_storage().data_ptr() for state in fused}) == num_pieces
 
 
 def test_parameters_stay_what_and_where_they_were(tower: Any) -> None:
