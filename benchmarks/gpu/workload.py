@@ -21,6 +21,7 @@ from benchmarks.gpu.load import OUTPUT_TOKENS, TEXT_TOKENS
 from executor_service.engine.boot import BootedEngine, boot
 from executor_service.engine.messages import BootProgress, EngineConfig, SamplingParams
 from executor_service.engine.request import EngineItem, Request
+from executor_service.kernels.cuda import ahead
 from registry import MediaInfo, ProcessorInputs
 
 
@@ -84,6 +85,8 @@ class Driver:
     def __init__(self, model: Path, log: Callable[[BootProgress], None] = lambda progress: None, **config: Any) -> None:
         began = time.perf_counter()
         self.config = EngineConfig(model_dir=model, **{"prefix_caching": False, **config})
+        if self.config.device != "cpu":
+            ahead.begin()  # as the engine process does, whose context has small stacks
         self.booted: BootedEngine = boot(self.config, log)
         self.boot_seconds = time.perf_counter() - began
         self.engine, self.family = self.booted.engine, self.booted.family
