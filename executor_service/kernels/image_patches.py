@@ -13,7 +13,7 @@ from executor_service.kernels.library import define_op
 
 _THREADS: Final = 256
 _WIDE_THREADS: Final = 480
-"""About so many: fewer were slower at any number of tiles (docs/notes/streaming.md)."""
+"""At most, but for rows that need more: fewer were slower at any number of tiles (docs/notes/streaming.md)."""
 _MAX_THREADS: Final = 512
 _MAX_SHARED_BYTES: Final = 96 * 1024
 """Of one block, which every GPU from sm_80 on has."""
@@ -78,7 +78,7 @@ def _wide_variant(
     if width % 16 or patch % 2 or columns % count or columns < num_channels * patch * patch or not fits:
         return None
     name, types = f"image_patches_{dtype_name(dtype)}_wide", (POINTER,) * 3 + (INT,) * 6
-    threads = max(1, round(_WIDE_THREADS / packs)) * packs
+    threads = max(1, _WIDE_THREADS // packs) * packs
     return kernel("image_patches", name, types, shared_bytes=num_bytes, is_dependent=True), threads, pitch
 
 
