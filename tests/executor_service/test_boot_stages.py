@@ -10,7 +10,6 @@ import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -124,27 +123,6 @@ def test_without_a_gpu_nothing_is_begun(monkeypatch: pytest.MonkeyPatch) -> None
     ahead.begin()
     assert len(ahead._BEGUN) == 1
     assert ahead._BEGUN[0].result(10) == {}
-
-
-@pytest.mark.parametrize(("status", "expected"), [(0, ["retain 3", "current 7", "stacks 256"]), (2, ["retain 3"])])
-def test_the_context_has_small_stacks(monkeypatch: pytest.MonkeyPatch, status: int, expected: list[str]) -> None:
-    """The limit is the current context's, so the thread that sets it must have it."""
-    calls: list[str] = []
-
-    def retain(device: int) -> tuple[SimpleNamespace, int]:
-        calls.append(f"retain {device}")
-        return SimpleNamespace(value=status), 7
-
-    driver = SimpleNamespace(
-        cuDevicePrimaryCtxRetain=retain,
-        cuCtxSetCurrent=lambda context: calls.append(f"current {context}"),
-        cuCtxSetLimit=lambda limit, size: calls.append(f"{limit} {size}"),
-        CUlimit=SimpleNamespace(CU_LIMIT_STACK_SIZE="stacks"),
-    )
-    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
-    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
-    ahead._make_context(3)
-    assert calls == expected
 
 
 @pytest.fixture
