@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -111,6 +112,8 @@ def run(
         )  # fmt: skip
         try:
             code = _wait(process, limit, on_tick)
+            if code is None:
+                _ask_where(process)
         finally:
             _end(process)
             _wait_until_freed()
@@ -127,6 +130,13 @@ def _wait(process: subprocess.Popen[bytes], limit: float, on_tick: Callable[[], 
             return process.wait(min(left, TICK_SECONDS))
         on_tick()
     return None
+
+
+def _ask_where(process: subprocess.Popen[bytes]) -> None:
+    """Let the process write where all its threads are."""
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        process.send_signal(signal.SIGUSR1)
+        process.wait(1)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -163,5 +173,6 @@ def _end_with_parent() -> None:
 
 
 def exit_when_told() -> None:
-    """SIGTERM as an exception, so that whoever has started services ends them."""
+    """SIGTERM as an exception, so that whoever has started services ends them; SIGUSR1 shows where all threads are."""
+    faulthandler.register(signal.SIGUSR1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))

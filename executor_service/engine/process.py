@@ -10,6 +10,7 @@ what needs neither begins beside it: a GPU's context and the kernels' machine co
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import mmap
 import os
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> int:
     connection_fd, arena_fd, arena_bytes = (int(argument) for argument in argv)
     # Ctrl-C reaches the whole process group; the front decides when the engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1)  # shows where all threads are
     connection = Connection(connection_fd)
     arena = memoryview(mmap.mmap(arena_fd, arena_bytes))
     os.close(arena_fd)

@@ -52,6 +52,13 @@ def test_what_hangs_is_ended_with_its_children(tmp_path: Path, monkeypatch: pyte
     assert not child.exists() or "State:\tZ" in (child / "status").read_text("utf-8")
 
 
+def test_what_hangs_says_where(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    program = "import time; from benchmarks.gpu.session import exit_when_told; exit_when_told(); time.sleep(100)"
+    assert run([sys.executable, "-c", program], 5.0, log=log) == {"error": "not done after 5 s"}
+    assert 'File "<string>", line 1 in <module>' in log.read_text("utf-8")
+
+
 def test_ratios_are_of_times_or_of_rates() -> None:
     ours = {"decode_16": {"step_ms": {"median": 4.0}, "tokens_per_second": 2200}, "boot": {"num_blocks": 90}}
     theirs = {"decode_16": {"step_ms": {"median": 5.0}, "tokens_per_second": 2000}, "boot": {"num_blocks": 100}}

@@ -173,6 +173,17 @@ def test_a_killed_front_takes_the_engine_along(checkpoint) -> None:
         assert not Path(f"/proc/{engine}").exists()
 
 
+def test_an_engine_says_where_it_is(checkpoint) -> None:
+    """Asked by SIGUSR1; then it goes on."""
+    with Command(checkpoint) as command, grpc.insecure_channel(command.address, options=CHANNEL_OPTIONS) as channel:
+        os.kill(command.engine_pid(), signal.SIGUSR1)
+        lines = []
+        while "executor_service/engine/loop.py" not in "".join(lines):
+            lines.append(command.process.stderr.readline())
+            assert lines[-1], lines
+        assert health(channel, "diptych.v1.ExecutorService") == health_pb2.HealthCheckResponse.SERVING
+
+
 def test_overload_is_refused_with_a_delay(checkpoint, planner) -> None:
     settings = ExecutorSettings(model=checkpoint, port=0, max_requests=2, limit_mm_per_prompt={"image": 4})
     with (
