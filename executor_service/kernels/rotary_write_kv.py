@@ -46,10 +46,9 @@ def _cpu(
     num_kv_heads, head_dim = k_cache.shape[2:]
     heads = qkv.unflatten(-1, (qkv.shape[1] // head_dim, head_dim))
     num_heads = heads.shape[1] - 2 * num_kv_heads
-    turning = heads[:, : num_heads + num_kv_heads]
-    first, second = turning.chunk(2, dim=-1)
-    cos, sin = (half[:, None].repeat(1, 1, 2) for half in cos_sin[positions].chunk(2, dim=-1))
-    turned = turning * cos + torch.cat((-second, first), dim=-1) * sin
+    first, second = heads[:, : num_heads + num_kv_heads].chunk(2, dim=-1)
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     store_rows(turned[:, num_heads:], k_cache, slot_mapping)
     store_rows(heads[:, num_heads + num_kv_heads :], v_cache, slot_mapping)
     return turned[:, :num_heads].contiguous()
