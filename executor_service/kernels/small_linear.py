@@ -27,7 +27,7 @@ MAX_ROWS: Final = 16
 """Up to where the engine uses it. By the kernel alone 128 are ahead of cuBLAS, but an engine that used it for so many
 has not come up on a GPU, for a reason that is not known yet (docs/notes/small_linear.md)."""
 _FEW_ROWS: Final = 16
-"""That x stays in registers for. Tiles of a product for 16 are faster from 5 on, and wait for the same reason."""
+"""That x stays in registers for. At 16 tiles are faster, and wait for the same reason."""
 _MIN_ELEMENTS: Final = 1 << 20
 """Of a weight that is worth a kernel of its own."""
 _COLUMNS: Final = 32
