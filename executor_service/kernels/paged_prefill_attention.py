@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -21,6 +21,7 @@ from executor_service.kernels.cuda.module import (
     kernel,
     num_multiprocessors,
 )
+from executor_service.kernels.cuda.tensor_map import tensor_map
 from executor_service.kernels.library import define_op
 from executor_service.kernels.paged_rows import attend, gather_rows
 
@@ -32,7 +33,6 @@ _GENERAL_WARPS: Final = 4
 _MMA_KEYS: Final = 64
 _WGMMA_THREADS: Final = 384
 _TENSOR_CORE_HEADS: Final = (64, 128)
-_KEPT_MAPS: Final = 1024
 _NUM_COUNTERS: Final = 256
 _KEPT: Final[list[Tensor]] = []
 
@@ -184,7 +184,7 @@ def _wgmma(device: int, dtype: torch.dtype, head_dim: int, has_spans: bool = Fal
     def launch(tensors: tuple[Tensor, ...], sizes: tuple[int, int], variant: _Variant) -> None:
         query, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, out = tensors
         shape, num_heads = k_cache.shape, query.shape[1]
-        k_map, v_map = _tensor_map(k_cache.data_ptr(), shape, dtype), _tensor_map(v_cache.data_ptr(), shape, dtype)
+        k_map, v_map = _cache_map(k_cache), _cache_map(v_cache)
         grid = (min(num_blocks, sizes[0] * -(-sizes[1] // _ROWS) * num_heads),)
         run(
             grid, _WGMMA_THREADS, k_map, v_map, query, block_tables, cu_seqlens, seq_lens, out, next(counters),
@@ -205,36 +205,19 @@ def _counters(device: int) -> list[int]:
     return list(range(numbers.data_ptr(), numbers.data_ptr() + numbers.nbytes, numbers.itemsize))
 
 
-@lru_cache(_KEPT_MAPS)
-def _tensor_map(address: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Any:
-    """How a tensor copy finds a cache's boxes: 64 elements, 8 tokens, the halves of a head, one head, groups of tokens.
+def _cache_map(cache: Tensor) -> Any:
+    """A cache's boxes: 64 elements, 8 tokens, the halves of a head, one head, groups of tokens.
 
-    A box is at most one tile's tokens of one block; in shared memory its rows of 128 bytes are swizzled as the tensor
-    cores of Hopper read them.
+    A box is at most one tile's tokens of one block.
     """
-    from cuda.bindings import driver
-
-    num_blocks, block_size, num_heads, head_dim = shape
-    token_bytes = num_heads * head_dim * dtype.itemsize
-    types = driver.CUtensorMapDataType
-    is_bfloat16 = dtype == torch.bfloat16
-    box = (64, 8, head_dim // 64, 1, min(block_size, _KEYS) // 8)
-    status, tensor_map = driver.cuTensorMapEncodeTiled(
-        types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if is_bfloat16 else types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        len(box),
-        address,
-        [driver.cuuint64_t(n) for n in (64, 8, head_dim // 64, num_heads, num_blocks * block_size // 8)],
-        [driver.cuuint64_t(n) for n in (token_bytes, 128, head_dim * dtype.itemsize, 8 * token_bytes)],
-        [driver.cuuint32_t(n) for n in box],
-        [driver.cuuint32_t(1)] * len(box),
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    num_blocks, block_size, num_heads, head_dim = cache.shape
+    head_bytes = head_dim * cache.itemsize
+    token_bytes = num_heads * head_bytes
+    sizes = (64, 8, head_dim // 64, num_heads, num_blocks * block_size // 8)
+    strides = (token_bytes, 128, head_bytes, 8 * token_bytes)
+    return tensor_map(
+        cache.data_ptr(), cache.dtype, sizes, strides, (64, 8, head_dim // 64, 1, min(block_size, _KEYS) // 8)
     )
-    if status.value:
-        raise RuntimeError(f"a cache of shape {shape} can have no tensor map: {status.name}")
-    return tensor_map
 
 
 def _fake(*_: object) -> None:

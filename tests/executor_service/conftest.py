@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 
 from executor_service.engine.boot import BootedEngine, boot
 from executor_service.engine.core import Engine
-from executor_service.engine.messages import EngineConfig, SamplingParams
+from executor_service.engine.messages import EngineConfig, SamplingParams, StepReport, TokenLogprobs
 from executor_service.engine.request import EngineItem, Request
 from registry import MediaInfo, MediaItem, MediaLimits, ProcessorInputs
 from registry.family import ModelFamily
@@ -78,6 +78,23 @@ class Bench:
             steps = None if steps is None else steps - 1
         return outputs
 
+    def reports(self, requests: list[Request]) -> list[StepReport]:
+        """Of every step until all have ended."""
+        for request in requests:
+            self.engine.add(request)
+        reports = []
+        while self.engine.has_work:
+            reports.append(self.engine.step())
+        return reports
+
+    def logprobs(self, requests: list[Request]) -> dict[int, list[TokenLogprobs]]:
+        """Log probabilities of every token by request."""
+        said: dict[int, list[TokenLogprobs]] = {request.request_id: [] for request in requests}
+        for report in self.reports(requests):
+            for index, entry in report.logprobs:
+                said[report.request_ids[index]].append(entry)
+        return said
+
     def expected(self, request: Request) -> list[int]:
         """transformers' greedy continuation of the same prompt and pixels."""
         prompt = request.token_ids[: request.num_prompt_tokens]
@@ -101,6 +118,15 @@ class Bench:
                 do_sample=False, eos_token_id=None, pad_token_id=0, **kwargs,
             )  # fmt: skip
         return out[0, len(prompt) :].tolist()
+
+
+def tokens_of(reports: list[StepReport]) -> dict[int, list[int]]:
+    """By request."""
+    tokens: dict[int, list[int]] = defaultdict(list)
+    for report in reports:
+        for number, token in zip(report.request_ids, report.token_ids, strict=True):
+            tokens[number].append(token)
+    return dict(tokens)
 
 
 def load_reference(checkpoint: Path, dtype: torch.dtype = torch.float64) -> LlavaForConditionalGeneration:

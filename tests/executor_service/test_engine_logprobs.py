@@ -16,10 +16,7 @@ def test_logprobs_of_sampled_tokens_are_plain_log_softmax(
     request = bench.request(
         1, "Say something", [], temperature=temperature, top_k=top_k, top_p=top_p, seed=7, logprobs=4, max_tokens=16
     )
-    bench.engine.add(request)
-    reports = []
-    while bench.engine.has_work:
-        reports.append(bench.engine.step())
+    reports = bench.reports([request])
     entries = [entry for report in reports for _, entry in report.logprobs]
     tokens = [token for report in reports for token in report.token_ids]
     assert [entry.token_id for entry in entries] == tokens

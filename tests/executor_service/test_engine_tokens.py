@@ -120,13 +120,7 @@ def test_float32_logprobs_equal_transformers(checkpoint) -> None:
     bench = Bench(checkpoint, boot_engine(checkpoint, dtype="float32", max_num_batched_tokens=50),
                   load_reference(checkpoint, torch.float32))  # fmt: skip
     requests = mixed_requests(bench, 5, logprobs=5)
-    found: dict[int, list] = {request.request_id: [] for request in requests}
-    for request in requests:
-        bench.engine.add(request)
-    while bench.engine.has_work:
-        report = bench.engine.step()
-        for index, entry in report.logprobs:
-            found[report.request_ids[index]].append(entry)
+    found = bench.logprobs(requests)
     for request in requests:
         check_logprobs(bench, request, found[request.request_id])
 

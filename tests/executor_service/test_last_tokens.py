@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from executor_service.engine.messages import StepReport
 from executor_service.layers.context import AttentionMetadata
 from executor_service.models.fused import FusedDecoder
 from executor_service.models.protocol import takes_requests
 from tests.checkpoints import make_llava_checkpoint
-from tests.executor_service.conftest import Bench, boot_engine
+from tests.executor_service.conftest import Bench, boot_engine, tokens_of
 from tests.executor_service.test_engine_tokens import mixed_requests
 from tests.executor_service.test_fused import CHUNKS, run
 from tests.plugins.patchwork import PatchworkForImages
@@ -83,9 +82,9 @@ def test_the_last_layer_has_a_row_per_sampled_token(checkpoint: Path, reference:
     bench = Bench(checkpoint, boot_engine(checkpoint, decoder="fused", max_num_batched_tokens=budget), reference)
     rows = count_rows(bench.engine.runner.model.fused_decoder)
     requests = mixed_requests(bench, 6)
-    reports = run_all(bench, requests)
+    tokens = tokens_of(reports := bench.reports(requests))
     for request in requests:
-        assert tokens_of(reports, request.request_id) == bench.expected(request)
+        assert tokens[request.request_id] == bench.expected(request)
     first, last = rows
     assert last == [len(report.token_ids) for report in reports]
     assert sum(first) == sum(request.num_computed_tokens for request in requests) > 2 * sum(last)
@@ -95,23 +94,9 @@ def test_the_last_layer_has_a_row_per_sampled_token(checkpoint: Path, reference:
 def test_prompts_that_are_scored_need_all_rows(checkpoint: Path, reference: Any) -> None:
     bench = Bench(checkpoint, boot_engine(checkpoint, decoder="fused"), reference)
     first, last = count_rows(bench.engine.runner.model.fused_decoder)
-    run_all(bench, [*mixed_requests(bench, 2), bench.request(9, "Say it", [], prompt_logprobs=1)])
+    bench.reports([*mixed_requests(bench, 2), bench.request(9, "Say it", [], prompt_logprobs=1)])
     assert first[0] == last[0] > 3
     assert first == last, "what follows only decodes"
-
-
-def run_all(bench: Bench, requests: list[Any]) -> list[StepReport]:
-    for request in requests:
-        bench.engine.add(request)
-    reports = []
-    while bench.engine.has_work:
-        reports.append(bench.engine.step())
-    return reports
-
-
-def tokens_of(reports: list[StepReport], number: int) -> list[int]:
-    pairs = [pair for report in reports for pair in zip(report.request_ids, report.token_ids, strict=True)]
-    return [token for one, token in pairs if one == number]
 
 
 def test_who_is_asked_about_is_told_to_models_that_want_to_know(model: Any) -> None:

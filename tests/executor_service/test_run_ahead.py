@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import pytest
 
 from executor_service.engine.messages import FinishReason, StepReport
 from executor_service.engine.request import Request
-from tests.executor_service.conftest import Bench, boot_engine, picture
+from tests.executor_service.conftest import Bench, boot_engine, picture, tokens_of
 
 BAD_WORDS = ((5, 6), (7,))
 
@@ -21,23 +19,6 @@ def ahead(checkpoint, reference) -> Bench:
 @pytest.fixture(scope="module")
 def behind(checkpoint, reference) -> Bench:
     return Bench(checkpoint, boot_engine(checkpoint, async_scheduling="off"), reference)
-
-
-def steps(bench: Bench, requests: list[Request]) -> list[StepReport]:
-    for request in requests:
-        bench.engine.add(request)
-    reports = []
-    while bench.engine.has_work:
-        reports.append(bench.engine.step())
-    return reports
-
-
-def tokens_of(reports: list[StepReport]) -> dict[int, list[int]]:
-    tokens = defaultdict(list)
-    for report in reports:
-        for number, token_id in zip(report.request_ids, report.token_ids, strict=True):
-            tokens[number].append(token_id)
-    return dict(tokens)
 
 
 def reasons_of(reports: list[StepReport]) -> dict[int, FinishReason]:
@@ -68,7 +49,7 @@ def sampled_requests(bench: Bench) -> list[Request]:
 
 
 def test_the_same_answers(ahead: Bench, behind: Bench) -> None:
-    expected, got = (steps(bench, sampled_requests(bench)) for bench in (behind, ahead))
+    expected, got = (bench.reports(sampled_requests(bench)) for bench in (behind, ahead))
     assert tokens_of(got) == tokens_of(expected)
     assert reasons_of(got) == reasons_of(expected)
     assert set(reasons_of(got).values()) == {FinishReason.LENGTH, FinishReason.STOP}
@@ -77,17 +58,17 @@ def test_the_same_answers(ahead: Bench, behind: Bench) -> None:
 
 def test_a_report_is_the_step_before(ahead: Bench) -> None:
     """The first step says nothing; the tokens come one step later, and none too many."""
-    reports = steps(ahead, [ahead.request(0, "words", [], max_tokens=3)])
+    reports = ahead.reports([ahead.request(0, "words", [], max_tokens=3)])
     assert [report.token_ids == [] for report in reports] == [True, False, False, False]
     assert [report.num_scheduled_tokens for report in reports[2:]] == [1, 1]
 
 
 def test_a_token_too_many_is_nobodys(ahead: Bench) -> None:
     """An answer that ends by a stop token has one more token on its way by then, which is never reported."""
-    (whole,) = tokens_of(steps(ahead, [ahead.request(0, "words", [], max_tokens=12)])).values()
+    (whole,) = tokens_of(ahead.reports([ahead.request(0, "words", [], max_tokens=12)])).values()
     stop = next(token for token in whole if whole.index(token) >= 2)
     request = ahead.request(1, "words", [], max_tokens=12, ignore_eos=False, stop_token_ids=frozenset({stop}))
-    reports = steps(ahead, [request])
+    reports = ahead.reports([request])
     assert tokens_of(reports)[1] == whole[: whole.index(stop) + 1]
     assert reasons_of(reports) == {1: FinishReason.STOP}
     assert sum(report.num_scheduled_tokens for report in reports) > request.num_tokens - 1
@@ -96,13 +77,13 @@ def test_a_token_too_many_is_nobodys(ahead: Bench) -> None:
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_aborted_in_flight(ahead: Bench, after: int) -> None:
     """The abort is reported with the step that was under way, once, and the others go on untouched."""
-    alone = tokens_of(steps(ahead, [ahead.request(1, "others", [], max_tokens=9)]))[1]
+    alone = tokens_of(ahead.reports([ahead.request(1, "others", [], max_tokens=9)]))[1]
     for number, text in ((0, "<image> words"), (1, "others")):
         ahead.engine.add(ahead.request(number, text, [picture(0)] * (number == 0), max_tokens=9))
     reports = [ahead.engine.step() for _ in range(after)]
     ahead.engine.abort([0, 0, 77])
     assert all(report.finished == [] for report in reports)
-    reports += steps(ahead, [])
+    reports += ahead.reports([])
     assert reasons_of(reports) == {0: FinishReason.ABORTED, 1: FinishReason.LENGTH}
     assert tokens_of(reports)[1] == alone
     assert ahead.engine.load.num_used_blocks == 0
@@ -111,9 +92,9 @@ def test_aborted_in_flight(ahead: Bench, after: int) -> None:
 
 def test_a_prefix_is_shared_although_its_last_token_was_in_flight(ahead: Bench) -> None:
     first = ahead.request(0, "a conversation " * 4, [], max_tokens=40)
-    (answer,) = tokens_of(steps(ahead, [first])).values()
+    (answer,) = tokens_of(ahead.reports([first])).values()
     second = ahead.request(1, "", [], max_tokens=2)
     prompt = [*first.token_ids[: first.num_prompt_tokens], *answer]
     second = Request(1, prompt, [], second.sampling, second.max_tokens + len(prompt))
-    (report,) = [one for report in steps(ahead, [second]) for one in report.finished]
+    (report,) = [one for report in ahead.reports([second]) for one in report.finished]
     assert report.num_cached_tokens >= (len(prompt) - 1) // 16 * 16 - 16

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from math import ceil
 from pathlib import Path
 
@@ -12,14 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor_service.kernels.cuda.code import SOURCES
 from executor_service.kernels.small_linear_tiles import MOST_ROWS, SPLITS, Shape, division, stages
+from tests.executor_service.host_kernels import check_on_host, needs_compiler
 
-DRIVER = Path(__file__).parent / "small_linear_exchange.cpp"
-HEADER = "small_linear_tiles.cuh"
-HARDWARE = ("small_linear_parts.cuh", "warpgroup.cuh")
-"""What the header includes, and the driver has its own for."""
-COMPILER = shutil.which("c++")
 MOST_SHARED_BYTES = 227 * 1024
 
 
@@ -48,14 +41,8 @@ def test_rings_fit_and_hold_enough(rows: int) -> None:
     assert num_stages >= 8
 
 
-@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@needs_compiler
 def test_blocks_add_up_in_their_order(tmp_path: Path) -> None:
-    shutil.copy(SOURCES / HEADER, tmp_path)
-    for name in HARDWARE:
-        (tmp_path / name).touch()
-    program = tmp_path / "exchange"
-    flags = ("-std=c++17", "-O1", "-Wno-unknown-pragmas", f"-I{tmp_path}")
-    command = [str(COMPILER), *flags, str(DRIVER), "-o", str(program)]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    done = subprocess.run([str(program)], check=False, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout
+    check_on_host(
+        tmp_path, "small_linear_exchange.cpp", "small_linear_tiles.cuh", ("small_linear_parts.cuh", "warpgroup.cuh")
+    )

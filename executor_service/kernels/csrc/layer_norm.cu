@@ -33,15 +33,8 @@ __device__ __forceinline__ void normalize_row(
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
         if (first + i * step >= width) continue;
-        Floats<kCount> elements = floats_of(values[i]);
-        if constexpr (kAdds) {
-            const Floats<kCount> before = floats_of(others[i]);
-#pragma unroll
-            for (int e = 0; e < kCount; ++e) elements.elements[e] += before.elements[e];
-            values[i] = pack_of<T>(elements);
-            store<T, kCount>(total + row + first + i * step, values[i]);
-            elements = floats_of(values[i]);
-        }
+        if constexpr (kAdds) add_residual(values[i], others[i], total + row + first + i * step);
+        const Floats<kCount> elements = floats_of(values[i]);
 #pragma unroll
         for (int e = 0; e < kCount; ++e) sum += elements.elements[e];
     }

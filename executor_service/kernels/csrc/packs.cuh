@@ -57,3 +57,14 @@ template <typename T, int kCount> __device__ __forceinline__ Pack<T, kCount> pac
     }
     return pack;
 }
+
+// Adds a residual to a pack: the sum is rounded, stored and left in `pack`.
+template <typename T, int kCount>
+__device__ __forceinline__ void add_residual(Pack<T, kCount>& pack, const Pack<T, kCount>& residual, T* to) {
+    Floats<kCount> sum = floats_of(pack);
+    const Floats<kCount> before = floats_of(residual);
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) sum.elements[e] += before.elements[e];
+    pack = pack_of<T>(sum);
+    store<T, kCount>(to, pack);
+}

@@ -1,22 +1,10 @@
 // What paged_decode_attention asks of the hardware, from sm_80 on: asynchronous copies, fragments, matrix products.
 #pragma once
 
+#include "asynchronous.cuh"
 #include "numbers.cuh"
 
 constexpr unsigned kAllLanes = 0xffffffffu;
-
-__device__ __forceinline__ unsigned shared_address(const void* pointer) {
-    unsigned long long address;
-    asm("cvta.to.shared.u64 %0, %1;" : "=l"(address) : "l"(pointer));
-    return static_cast<unsigned>(address);
-}
-
-// For data that is read once: it leaves the L2 cache first.
-__device__ __forceinline__ unsigned long long read_once_policy() {
-    unsigned long long policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
 
 // Copies 16 bytes past the L1 cache, or writes zeros if not `is_there`: then nothing is read.
 __device__ __forceinline__ void copy_async(unsigned to, const void* from, bool is_there, unsigned long long policy) {

@@ -3,6 +3,7 @@
 // The tensor cores leave scores in registers so: of 16 rows a warp has, a thread (lane / 4 = g, lane % 4 = q) holds
 // rows g and g + 8, and of every 8 columns those at 2q and 2q + 1: element 4j + 2r + e is row g + 8r, column 8j + 2q + e.
 #pragma once
+#include "asynchronous.cuh"
 #include "numbers.cuh"
 
 namespace prefill {
@@ -169,10 +170,6 @@ __device__ __forceinline__ void reciprocals(const Rows& rows, float (&inverse)[2
 template <int kCount> __device__ __forceinline__ void scale_rows(float (&out)[kCount], const float (&factors)[2]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) out[i] *= factors[i / 2 % 2];
-}
-
-__device__ __forceinline__ unsigned shared_address(const void* pointer) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
 // 16 bytes from global to shared memory, zeros where not `valid`; sm_80's asynchronous copy.

@@ -8,10 +8,6 @@ namespace prefill {
 constexpr int kGroups = 2;  // warpgroups that compute
 constexpr int kThreads = 128 * (1 + kGroups);
 
-struct alignas(64) TensorMap {
-    unsigned char bytes[128];
-};
-
 struct Arguments {
     const TensorMap *k_map, *v_map;
     const void* query;
@@ -183,11 +179,11 @@ __device__ __forceinline__ void draw_tiles(const Arguments& arguments, const Sha
         const int slot = i % kSlots;
         // Not much sooner than its keys can be asked for: until then others may run out of work.
         if (i > 0) {
-            wait(shared.barrier(S::kNearlyDone), i & 1 ^ 1);
+            wait_for_phase(shared.barrier(S::kNearlyDone), i & 1 ^ 1);
             drawing.draw(arguments.num_drawn);
         }
         const Work work = drawing.tile<kSpans>(arguments);
-        wait(shared.barrier(S::kSlotFree, slot), (i / kSlots & 1) ^ 1);
+        wait_for_phase(shared.barrier(S::kSlotFree, slot), (i / kSlots & 1) ^ 1);
         if (leads) {
             shared.work(slot) = work;
             arrive(shared.barrier(S::kWork, slot));
@@ -205,7 +201,7 @@ __device__ __forceinline__ void bring_queries(const Arguments& arguments, const 
     using S = Shared<kDim>;
     for (unsigned i = 0;; ++i) {
         const int slot = i % kSlots;
-        wait(shared.barrier(S::kWork, slot), i / kSlots & 1);
+        wait_for_phase(shared.barrier(S::kWork, slot), i / kSlots & 1);
         const Work work = shared.work(slot);
         if (work.num_rows) copy_queries<T, kDim>(arguments, work, shared.queries(slot), warp);
         __syncwarp();
@@ -235,7 +231,7 @@ __device__ __forceinline__ void bring_keys_and_values(const Arguments& arguments
     unsigned count = 0, tail_parity = 0;
     for (unsigned i = 0;; ++i) {
         const int slot = i % kSlots;
-        wait(shared.barrier(S::kWork, slot), i / kSlots & 1);
+        wait_for_phase(shared.barrier(S::kWork, slot), i / kSlots & 1);
         const Work work = shared.work(slot);
         __syncwarp();
         if (lane == 0) arrive(shared.barrier(S::kSlotFree, slot));
@@ -258,14 +254,14 @@ __device__ __forceinline__ void bring_keys_and_values(const Arguments& arguments
                 __syncwarp();
                 if (lane < num_boxes) copy_box(to + lane * box_bytes, map, kv_head, group, barrier);
             };
-            wait(shared.barrier(S::kKeysFree, stage), free_parity);
+            wait_for_phase(shared.barrier(S::kKeysFree, stage), free_parity);
             bring(arguments.k_map, shared.keys(stage), shared.barrier(S::kKeysThere, stage));
-            wait(shared.barrier(S::kValuesFree, stage), free_parity);
+            wait_for_phase(shared.barrier(S::kValuesFree, stage), free_parity);
             if (num_tokens == kKeys) {
                 bring(arguments.v_map, shared.values(stage), shared.barrier(S::kValuesThere, stage));
             } else {
                 bring(arguments.v_map, shared.values(stage), shared.barrier(S::kTail));
-                wait(shared.barrier(S::kTail), tail_parity);
+                wait_for_phase(shared.barrier(S::kTail), tail_parity);
                 tail_parity ^= 1;
                 clear_rows<kDim>(shared.values(stage), num_tokens);
                 if (lane == 0) arrive(shared.barrier(S::kValuesThere, stage));

@@ -162,7 +162,7 @@ __device__ __forceinline__ void attend(
     float softcap, const int* __restrict__ visible_ends) {
     extern __shared__ __align__(128) unsigned char shared[];
     constexpr int kTileBytes = kKeys * kDim * 2;
-    const unsigned queries = prefill::shared_address(shared), keys = queries + kRows * kDim * 2,
+    const unsigned queries = shared_address(shared), keys = queries + kRows * kDim * 2,
                    values = keys + 2 * kTileBytes;
     wait_for_previous();
     const int num_heads = gridDim.x, head = blockIdx.x, request = blockIdx.z;

@@ -91,11 +91,11 @@ template <typename T, int kDim, bool kSpans> struct Warpgroup {
 
     __device__ __forceinline__ Work draw(unsigned number) const {
         const int slot = number % kSlots;
-        wait(shared.barrier(S::kQueries, slot), number / kSlots & 1);
+        wait_for_phase(shared.barrier(S::kQueries, slot), number / kSlots & 1);
         return uniform(shared.work(slot));
     }
     __device__ __forceinline__ void wait_for(int which, unsigned number) const {
-        wait(shared.barrier(which, number % kStages), number / kStages & 1);
+        wait_for_phase(shared.barrier(which, number % kStages), number / kStages & 1);
     }
     __device__ __forceinline__ void release(int which, unsigned number) const {
         __syncwarp();

@@ -1,7 +1,8 @@
-// What small_linear is built of: barriers in shared memory that bulk copies complete, a ring of stages between them,
-// and the tensor cores' instruction.
+// What small_linear is built of: bulk copies, a ring of stages between barriers that they complete, and the tensor
+// cores' instruction.
 #pragma once
 
+#include "asynchronous.cuh"
 #include "numbers.cuh"
 
 // As silu_mul has it.
@@ -11,47 +12,18 @@ template <> __device__ __forceinline__ float silu<float>(float x) { return x / (
 
 #if __CUDA_ARCH__ >= 900
 
-// Addresses of the shared window are 32 bits wide in PTX.
-__device__ __forceinline__ unsigned shared_address(const void* pointer) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
-}
-
-__device__ __forceinline__ void init_barrier(unsigned barrier, unsigned arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
 // After all init_barrier and before the __syncthreads that shows them: copies must see them as well.
 __device__ __forceinline__ void publish_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-__device__ __forceinline__ void arrive(unsigned barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+    publish_shared_writes();
 }
 
 // All lanes of a warp have read: one arrives for all. Without the fence an arrival overtakes loads that have not
 // returned yet, and the next copy overwrites what they were to read (seen with many loads from memory under way).
 __device__ __forceinline__ void release(unsigned barrier) {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    publish_shared_writes();
     __syncwarp();
     if (threadIdx.x % 32 == 0) arrive(barrier);
-}
-
-// Arrives, and lets the phase end only once copies have brought so many bytes.
-__device__ __forceinline__ void arrive_expecting(unsigned barrier, unsigned bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-// Returns when the barrier's phase of this parity has ended.
-__device__ __forceinline__ void wait_for_phase(unsigned barrier, unsigned parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}\n" ::"r"(barrier), "r"(parity) : "memory");
 }
 
 // True for one lane of the warp, all of whose lanes come here together.
@@ -64,20 +36,6 @@ __device__ __forceinline__ bool elect() {
         "selp.u32 %0, 1, 0, elected;\n"
         "}\n" : "=r"(is_elected));
     return is_elected;
-}
-
-// For data that is read once: it leaves the L2 cache first.
-__device__ __forceinline__ unsigned long long read_once_policy() {
-    unsigned long long policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
-// For data that all blocks read: it leaves the L2 cache last.
-__device__ __forceinline__ unsigned long long keep_policy() {
-    unsigned long long policy;
-    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
 }
 
 // Both addresses and the size are multiples of 16 bytes.

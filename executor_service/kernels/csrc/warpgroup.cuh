@@ -2,6 +2,7 @@
 // What `descriptor` says about a tile is in the PTX ISA, "Asynchronous warpgroup level matrix".
 #pragma once
 
+#include "asynchronous.cuh"
 #include "numbers.cuh"
 
 // As the driver encodes it; a kernel's parameter.
@@ -88,13 +89,15 @@ __device__ __forceinline__ void wait_for_cluster_phase(unsigned barrier, unsigne
         "}\n" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// --- products: asynchronous; begin, issue, commit, and wait for what was committed ---
+// --- products: asynchronous; begin, issue, commit, and wait until at most kPending commits are unfinished ---
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-__device__ __forceinline__ void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+template <int kPending = 0> __device__ __forceinline__ void wait_for_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
 
 // After a wait: from here on the compiler may read the sums, and not before.
 template <int kCount> __device__ __forceinline__ void settle(float (&values)[kCount]) {
@@ -102,11 +105,14 @@ template <int kCount> __device__ __forceinline__ void settle(float (&values)[kCo
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 
-// Rows of 64 elements, 128 bytes whose packs are swizzled, groups of eight rows one after the other. 16 elements
-// further on in all rows is two more.
-__device__ __forceinline__ unsigned long long descriptor(unsigned address) {
-    constexpr unsigned long long kSwizzle128 = 1ull << 62, kGroupBytes = 1024;
-    return kSwizzle128 | kGroupBytes >> 4 << 32 | 1ull << 16 | (address & 0x3ffff) >> 4;
+// Shared memory as a product reads it, in atoms of 8 rows x 128 bytes whose packs are swizzled; 16 elements further on in
+// all rows is two more. `row_stride` bytes separate atoms of consecutive groups of eight rows, `column_stride` bytes those
+// of consecutive 64 columns, where the instruction reads several.
+__device__ __forceinline__ unsigned long long descriptor(
+    unsigned address, int row_stride = 1024, int column_stride = 16) {
+    constexpr unsigned long long kSwizzle128 = 1ull << 62;
+    return kSwizzle128 | static_cast<unsigned long long>(row_stride >> 4) << 32 |
+           static_cast<unsigned long long>(column_stride >> 4) << 16 | ((address & 0x3ffff) >> 4);
 }
 
 #define SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])

@@ -134,13 +134,7 @@ def test_logprobs_equal_transformers(checkpoint: Path, decoder: str) -> None:
     """Log probabilities of chosen and likeliest tokens within 1e-4 of transformers' float32 on the CPU."""
     bench = gpu_bench(checkpoint, load_reference(checkpoint, torch.float32), max_num_batched_tokens=50, decoder=decoder)
     requests = mixed_requests(bench, 5, logprobs=5)
-    found: dict[int, list[Any]] = {request.request_id: [] for request in requests}
-    for request in requests:
-        bench.engine.add(request)
-    while bench.engine.has_work:
-        report = bench.engine.step()
-        for index, entry in report.logprobs:
-            found[report.request_ids[index]].append(entry)
+    found = bench.logprobs(requests)
     for request in requests:
         check_logprobs(bench, request, found[request.request_id])
 

@@ -60,7 +60,7 @@ def models(narrow_checkpoint: Path, dtype: str) -> tuple[Any, Any]:
 def test_errors_are_transformers_own(narrow_checkpoint: Path, dtype: str, models: tuple[Any, Any], config: str) -> None:
     bench = Bench(narrow_checkpoint, boot_on_gpu(narrow_checkpoint, dtype=dtype, **CONFIGS[config]), None)
     requests = mixed_requests(bench, NUM_REQUESTS, max_tokens=NUM_TOKENS, logprobs=NUM_LIKELIEST)
-    said = run(bench, requests)
+    said = bench.logprobs(requests)
     assert {len(entries) for entries in said.values()} == {NUM_TOKENS}
     ours, theirs = [], []
     for request in requests:
@@ -71,18 +71,6 @@ def test_errors_are_transformers_own(narrow_checkpoint: Path, dtype: str, models
     error, allowed = rms(torch.cat(ours)), rms(torch.cat(theirs))
     print(f"{config}, {dtype}: error {error:.2e}, transformers' own {allowed:.2e}, ratio {error / allowed:.3f}")
     assert 0 < error <= MOST * allowed
-
-
-def run(bench: Bench, requests: list[Request]) -> dict[int, list[TokenLogprobs]]:
-    """Log probabilities of every step by request."""
-    said: dict[int, list[TokenLogprobs]] = {request.request_id: [] for request in requests}
-    for request in requests:
-        bench.engine.add(request)
-    while bench.engine.has_work:
-        report = bench.engine.step()
-        for index, entry in report.logprobs:
-            said[report.request_ids[index]].append(entry)
-    return said
 
 
 def likeliest(entries: list[TokenLogprobs]) -> tuple[Tensor, Tensor]:
@@ -119,10 +107,10 @@ def test_batches_of_other_sizes(narrow_checkpoint: Path, dtype: str) -> None:
     }
     margins = {
         number: [abs(entry.top[0][1] - entry.top[1][1]) for entry in entries]
-        for number, entries in run(bench, list(together.values())).items()
+        for number, entries in bench.logprobs(list(together.values())).items()
     }
     for request in mixed_requests(bench, NUM_REQUESTS, max_tokens=20, logprobs=2):
-        run(bench, [request])
+        bench.logprobs([request])
         other = together[request.request_id]
         differing = np.flatnonzero(request.output_token_ids != other.output_token_ids)
         if len(differing):
