@@ -17,6 +17,7 @@ from executor_service.engine.configuration import Setting, load_config
 from executor_service.engine.core import Engine
 from executor_service.engine.decode_graphs import graph_sizes
 from executor_service.engine.encoder_cache import EncoderCache
+from executor_service.engine.imports import without_compiler
 from executor_service.engine.kv_cache import (
     allocate_kv_caches,
     block_bytes,
@@ -68,7 +69,7 @@ def boot(
         memory = memory_of(setting.device)
     with stages.stage("load_kernels") as stage:
         stage.detail = _load_kernels(setting.device, stages.progress("load_kernels"))
-    with stages.stage("load_model") as stage:
+    with stages.stage("load_model") as stage, without_compiler():
         runner = _load_model(config, setting, stages.progress("load_model"), reader)
         stage.num_bytes = parameter_bytes(runner.model)
     with stages.stage("profile_run") as stage:
