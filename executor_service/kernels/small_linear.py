@@ -1,10 +1,10 @@
 """Matrix products for a few rows, as decode steps have them: the weights stream once from memory, at the memory's rate.
 
 16-bit weights go through a ring in shared memory to the tensor cores: on Hopper and later by a kernel for up to 16
-rows, on Hopper by another for more, up to 128. Both ask for their first weights while the kernel before them on the
-stream still runs (programmatic dependent launch), so a weight must not be written by the kernel just before. Everything
-else takes a plain variant that is right but slow. Within a variant a row's result depends neither on the other rows nor
-on how many there are, to the bit.
+rows, on Hopper by another for up to 128, to which it leaves all but the fewest rows. Both ask for their first weights
+while the kernel before them on the stream still runs (programmatic dependent launch), so a weight must not be written
+by the kernel just before. Everything else takes a plain variant that is right but slow. Within a variant a row's result
+depends neither on the other rows nor on how many there are, to the bit.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from executor_service.kernels.cuda.module import INT, POINTER, dtype_name, is_wi
 from executor_service.kernels.library import define_op
 from executor_service.kernels.small_linear_tiles import Shape
 
-MAX_ROWS: Final = 16
-"""Up to where the engine uses it. By the kernel alone 128 are ahead of cuBLAS, but an engine that used it for so many
-has not come up on a GPU, for a reason that is not known yet (docs/notes/small_linear.md)."""
+MAX_ROWS: Final = small_linear_tiles.MOST_ROWS
+"""Up to where it is ahead of cuBLAS (docs/notes/small_linear.md)."""
 _FEW_ROWS: Final = 16
-"""That x stays in registers for. At 16 tiles are faster, and wait for the same reason."""
+"""That x stays in registers for."""
+_FEWEST_ROWS: Final = 4
+"""For which that is faster than tiles of a product for 16."""
 _MIN_ELEMENTS: Final = 1 << 20
 """Of a weight that is worth a kernel of its own."""
 _COLUMNS: Final = 32
@@ -120,10 +121,10 @@ def _launch(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual:
     bias, residual = (None if tensor is None else tensor.contiguous() for tensor in (bias, residual))
     is_aligned = not any(tensor.data_ptr() % 16 for tensor in (x, weight, residual) if tensor is not None)
     shape = Shape(kind, rows, out.shape[1], width, x.dtype, weight.device.index)
-    if is_aligned and _streams(rows, weight):
-        launch = _streaming(kind, rows, out.shape[1], width, x.dtype, weight.device.index)
-    elif is_aligned and small_linear_tiles.takes(shape):
+    if is_aligned and rows > _FEWEST_ROWS and small_linear_tiles.takes(shape):
         launch = small_linear_tiles.launcher(shape)
+    elif is_aligned and _streams(rows, weight):
+        launch = _streaming(kind, rows, out.shape[1], width, x.dtype, weight.device.index)
     else:
         access = "wide" if is_aligned and is_wide(x.dtype, width) else "single"
         variant = f"{dtype_name(x.dtype)}_{kind}_{access}"
