@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import torch
@@ -61,16 +62,26 @@ class TowerGraphs:
         found.graph.replay()
         return type(found.outputs)(**found.outputs)
 
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        """One for all: a library's workspace, 32 MiB, is a stream's."""
+        return torch.cuda.Stream()
+
+    @cached_property
+    def _pool(self) -> Any:
+        """One for all: they never run at once, and what one leaves behind is not free for another."""
+        return torch.cuda.graph_pool_handle()
+
     def _capture(self, pixel_values: Tensor, options: dict[str, Any]) -> _TowerGraph:
         given = self._product.take_rows()
         rows = given.clone()
         self._product.give_rows(rows)
         self._forward(pixel_values, **options)  # libraries choose their kernels at a first call
         torch.cuda.synchronize()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
         self._product.give_rows(rows)
-        with torch.cuda.stream(stream):
-            graph.capture_begin()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool)
             outputs = self._forward(pixel_values, **options)
             graph.capture_end()
         self._product.give_rows(given)

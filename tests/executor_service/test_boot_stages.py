@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -10,13 +9,13 @@ import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from diptych.service.beginning import process_began
-from executor_service.engine.imports import UNUSED
 from executor_service.engine.messages import BootProgress
 from executor_service.engine.stages import Stages
 from executor_service.kernels.cuda import ahead
@@ -125,6 +124,27 @@ def test_without_a_gpu_nothing_is_begun(monkeypatch: pytest.MonkeyPatch) -> None
     assert ahead._BEGUN[0].result(10) == {}
 
 
+@pytest.mark.parametrize(("status", "expected"), [(0, ["retain 3", "current 7", "stacks 256"]), (2, ["retain 3"])])
+def test_the_context_has_small_stacks(monkeypatch: pytest.MonkeyPatch, status: int, expected: list[str]) -> None:
+    """The limit is the current context's, so the thread that sets it must have it."""
+    calls: list[str] = []
+
+    def retain(device: int) -> tuple[SimpleNamespace, int]:
+        calls.append(f"retain {device}")
+        return SimpleNamespace(value=status), 7
+
+    driver = SimpleNamespace(
+        cuDevicePrimaryCtxRetain=retain,
+        cuCtxSetCurrent=lambda context: calls.append(f"current {context}"),
+        cuCtxSetLimit=lambda limit, size: calls.append(f"{limit} {size}"),
+        CUlimit=SimpleNamespace(CU_LIMIT_STACK_SIZE="stacks"),
+    )
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
+    ahead._make_context(3)
+    assert calls == expected
+
+
 @pytest.fixture
 def many(tmp_path: Path) -> dict[str, torch.Tensor]:
     tensors = {f"layer.{number:03}": torch.full((64 + number,), float(number)) for number in range(100)}
@@ -175,24 +195,3 @@ def test_reading_can_be_given_up(
     assert next(reader.tensors(lambda *_: None))[0] == "layer.000"
     reader.close()
     reader._pool.shutdown(wait=True)
-
-
-def test_packages_that_no_engine_uses_are_not_imported(tmp_path: Path) -> None:
-    """Each is installed here, and dear; behind the imports a model's own code may have it."""
-    for name in UNUSED:
-        (tmp_path / f"{name}.py").write_text(f"print('imported', {name!r})\n")
-        metadata = tmp_path / f"{name}-99.0.dist-info"
-        metadata.mkdir()
-        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 99.0\n")
-        (metadata / "top_level.txt").write_text(name)
-    code = """
-from executor_service.engine.imports import UNUSED, without_unused
-with without_unused():
-    import executor_service.engine.boot
-import sys
-print([name for name in UNUSED if name in sys.modules])
-import sklearn
-"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), os.getcwd()))}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.splitlines() == ["[]", "imported sklearn"]
