@@ -28,7 +28,10 @@ def close(got: Tensor, expected: Tensor) -> None:
 def poison() -> None:
     """Memory that the next outputs are made of holds no leftovers that happen to be right.
 
-    Of every size: torch keeps pools of freed memory, and gives out the smallest piece that is large enough.
+    Of every size, for torch gives out the smallest freed piece that is large enough: each that it keeps, and new ones.
     """
-    pieces = [torch.full((1 << power,), float("nan"), device="cuda") for power in range(7, 22) for _ in range(8)]
+    snapshot = torch.cuda.memory_snapshot()
+    kept = [block["size"] for segment in snapshot for block in segment["blocks"] if block["state"] == "inactive"]
+    sizes = sorted(kept, reverse=True) + [4 << power for power in range(7, 22) for _ in range(8)]
+    pieces = [torch.full((size // 4,), float("nan"), device="cuda") for size in sizes]
     del pieces
