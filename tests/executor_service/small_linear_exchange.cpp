@@ -1,103 +1,160 @@
-// How blocks of a cluster add up in small_linear_tiles, on the host: the kernel's own arithmetic of places and counts
-// over arrays in place of the blocks' shared memory. Says what is wrong and returns 1, or returns 0.
+// How blocks of a cluster add up in small_linear_tiles, on the host: the kernel's own code, a thread for each lane that
+// does something of its own, and barriers that count as the hardware's do. Says what is wrong and returns 1, or
+// returns 0.
 #include <algorithm>
+#include <atomic>
+#include <barrier>
+#include <chrono>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <thread>
 #include <vector>
 
 #define __device__
 #define __CUDA_ARCH_FEAT_SM90_ALL
 using std::min;
 
-constexpr int kMostBlocks = 8;
-constexpr unsigned kBuffer = 1024, kFull = 8, kEmpty = 16;
-constexpr int kRankShift = 24;
+constexpr int kLanes = 2;  // of 32: lane 0 and those with the other blocks' numbers arrive at barriers
+constexpr int kTiles = 6;
+constexpr unsigned kBuffer = 1024, kFull = 8, kEmpty = 16, kRankShift = 24, kAddress = (1u << kRankShift) - 1;
 
-static struct { int x; } threadIdx;
-static int rank_now;
-static unsigned num_bytes;
-static std::vector<unsigned char> memory[kMostBlocks];
-static std::vector<int> writes[kMostBlocks];
-static unsigned sent[kMostBlocks], expected[kMostBlocks];
+struct Index { int x; };
+static thread_local Index threadIdx;
+static thread_local int rank_now;
+static thread_local std::mt19937 random_numbers;
 
-static void check(bool is_right, const char* what) {
-    if (is_right) return;
+static void fail(const char* what) {
     std::printf("%s\n", what);
-    std::exit(1);
+    std::fflush(stdout);
+    std::_Exit(1);
 }
 
-static void wait_for_phase(unsigned, unsigned) {}
-static void wait_for_cluster_phase(unsigned, unsigned) {}
+// Now and then somebody is late, and the first block is always slow.
+static void dawdle() {
+    if (random_numbers() % (rank_now ? 8 : 3) == 0)
+        std::this_thread::sleep_for(std::chrono::microseconds(random_numbers() % 60));
+}
+
+// An mbarrier: a phase ends when all have arrived and all bytes have come. It knows no more of phases than their parity.
+struct Barrier {
+    int count, missing;
+    long bytes = 0;
+    unsigned phase = 0;
+    std::mutex mutex;
+    std::condition_variable ended;
+
+    explicit Barrier(int arrivals) : count(arrivals), missing(arrivals) {}
+
+    void change(int arrivals, long more_bytes) {
+        const std::lock_guard lock(mutex);
+        missing -= arrivals;
+        bytes += more_bytes;
+        if (missing < 0) fail("more arrive at a barrier than it is for");
+        if (missing || bytes) return;
+        missing = count;
+        ++phase;
+        ended.notify_all();
+    }
+
+    void wait(unsigned parity) {
+        std::unique_lock lock(mutex);
+        if (!ended.wait_for(lock, std::chrono::seconds(5), [&] { return phase % 2 != parity; }))
+            fail("blocks wait for each other for ever");
+    }
+};
+
+// A block's shared memory and its warp of kLanes.
+struct Block {
+    std::vector<unsigned char> memory;
+    std::map<unsigned, std::unique_ptr<Barrier>> barriers;
+    std::barrier<> lanes{kLanes};
+    std::atomic<int> num_gone = 0;
+};
+static std::vector<std::unique_ptr<Block>> blocks;
+
+static Block& block_at(unsigned address) {
+    Block& block = *blocks[address >> kRankShift];
+    if (block.num_gone == kLanes) fail("a block that has gone is written to");
+    return block;
+}
+static Block& own_block() { return *blocks[rank_now]; }
+static unsigned char* bytes_at(Block& block, unsigned address) {
+    const unsigned place = (address & kAddress) - kBuffer;
+    if (place % 16 || place + 16 > block.memory.size()) fail("a pack lies outside of the buffer");
+    return &block.memory[place];
+}
+
+static void wait_for_phase(unsigned barrier, unsigned parity) {
+    dawdle();
+    own_block().barriers.at(barrier)->wait(parity);
+}
+static void wait_for_cluster_phase(unsigned barrier, unsigned parity) { wait_for_phase(barrier, parity); }
 static unsigned address_at_rank(unsigned address, int rank) {
     return address | static_cast<unsigned>(rank) << kRankShift;
 }
-static void arrive_at_rank(unsigned, int) {}
-static void arrive_expecting(unsigned, unsigned bytes) { expected[rank_now] += bytes; }
-static void __syncwarp() {}
-
-static unsigned place_of(unsigned address) {
-    const unsigned place = (address & ((1u << kRankShift) - 1)) - kBuffer;
-    check(place % 16 == 0 && place + 16 <= num_bytes, "a pack lies outside of the buffer");
-    return place;
+static void arrive_at_rank(unsigned barrier, int rank) {
+    dawdle();
+    block_at(address_at_rank(barrier, rank)).barriers.at(barrier)->change(1, 0);
 }
+static void arrive_expecting(unsigned barrier, unsigned bytes) { own_block().barriers.at(barrier)->change(1, bytes); }
+static void publish_shared_writes() {}
+static void __syncwarp() { own_block().lanes.arrive_and_wait(); }
 
 static void store_at_rank(unsigned to, const float* from, unsigned barrier) {
-    const unsigned rank = to >> kRankShift, place = place_of(to);
-    check(barrier == address_at_rank(kFull, static_cast<int>(rank)), "a store counts at another block's barrier");
-    check(writes[rank][place]++ == 0, "two stores go to one place");
-    std::memcpy(&memory[rank][place], from, 16);
-    sent[rank] += 16;
+    dawdle();
+    std::memcpy(bytes_at(block_at(to), to), from, 16);
+    block_at(barrier).barriers.at(barrier & kAddress)->change(0, -16 * (32 / kLanes));
 }
-
-static void load_shared_floats(float (&to)[4], unsigned from) {
-    std::memcpy(to, &memory[rank_now][place_of(from)], 16);
-}
+static void load_shared_floats(float (&to)[4], unsigned from) { std::memcpy(to, bytes_at(own_block(), from), 16); }
 
 #include "small_linear_tiles.cuh"
 
-template <int kGroups> static void check_rows(int rows) {
+static float sum_of(int tile, int rank, int lane, int i) {
+    return static_cast<float>((tile * 7919 + rank * 104729 + lane * 1299709 + i * 15485863) % 999983) / 1e3f;
+}
+
+template <int kGroups> static void run_lane(int rank, int lane, int num_groups) {
     using Sums = Exchange<kGroups>;
-    const int num_groups = (rows + 7) / 8, warp = 3;
-    static float sums[kSplits][32][kGroups * 4], own[kSplits][32][Sums::kOwn * 4];
-    for (auto& block : sums)
-        for (auto& lane : block)
-            for (float& sum : lane) sum = static_cast<float>(std::rand()) / 1e5f;
-    num_bytes = Sums::kBytes;
-    for (int round = 0; round * Sums::kTogether < Sums::kOwn; ++round) {
-        for (int rank = 0; rank < kSplits; ++rank) {
-            memory[rank].assign(num_bytes, 0xff);
-            writes[rank].assign(num_bytes, 0);
-            sent[rank] = expected[rank] = 0;
+    rank_now = rank, threadIdx.x = 3 * 32 + lane;
+    random_numbers.seed(num_groups * 64 + rank * 32 + lane);
+    Sums exchange{kBuffer, kFull, kEmpty, rank, num_groups, 0};
+    for (int tile = 0; tile < kTiles; ++tile) {
+        float sums[kGroups * 4], own[Sums::kOwn * 4];
+        for (int i = 0; i < kGroups * 4; ++i) sums[i] = sum_of(tile, rank, lane, i);
+        exchange.add_up(own, sums, tile + 1 == kTiles);
+        for (int i = 0; i < Sums::kOwn * 4; ++i) {
+            const int group = i / 4 * kSplits + rank;
+            float wanted = 0;
+            for (int from = 0; from < kSplits; ++from) wanted += sum_of(tile, from, lane, group * 4 + i % 4);
+            if (group < num_groups && own[i] != wanted) fail("a sum is not that of all blocks in their order");
         }
-        const auto for_all_lanes = [&](int rank, auto&& what) {
-            rank_now = rank;
-            for (int lane = 0; lane < 32; ++lane) {
-                threadIdx.x = warp * 32 + lane;
-                what(Sums{kBuffer, kFull, kEmpty, rank, num_groups, 0}, lane);
-            }
-        };
-        for (int rank = 0; rank < kSplits; ++rank)
-            for_all_lanes(rank, [&](const Sums& exchange, int lane) { exchange.send(sums[rank][lane], round); });
-        for (int rank = 0; rank < kSplits; ++rank)
-            for_all_lanes(rank, [&](const Sums& exchange, int lane) {
-                exchange.receive(own[rank][lane], sums[rank][lane], round);
-            });
-        for (int rank = 0; rank < kSplits; ++rank)
-            check(sent[rank] == expected[rank], "a block expects other bytes than come");
     }
-    for (int group = 0; group < num_groups; ++group)
-        for (int lane = 0; lane < 32; ++lane)
-            for (int e = 0; e < 4; ++e) {
-                float wanted = sums[0][lane][group * 4 + e];
-                for (int rank = 1; rank < kSplits; ++rank) wanted += sums[rank][lane][group * 4 + e];
-                const float got = own[group % kSplits][lane][group / kSplits * 4 + e];
-                check(got == wanted, "a sum is not that of all blocks in their order");
-            }
+    ++blocks[rank]->num_gone;
+}
+
+template <int kGroups> static void check(int num_groups) {
+    blocks.clear();
+    for (int rank = 0; rank < kSplits; ++rank) {
+        Block& block = *blocks.emplace_back(std::make_unique<Block>());
+        block.memory.assign(Exchange<kGroups>::kBytes, 0xff);
+        block.barriers[kFull] = std::make_unique<Barrier>(1);
+        block.barriers[kEmpty] = std::make_unique<Barrier>(kSplits - 1);
+    }
+    std::vector<std::jthread> lanes;
+    for (int rank = 0; rank < kSplits; ++rank)
+        for (int lane = 0; lane < kLanes; ++lane) lanes.emplace_back(run_lane<kGroups>, rank, lane, num_groups);
 }
 
 template <int kRows> static void check_all() {
-    for (int rows = 1; rows <= kRows; ++rows) check_rows<kRows / 8>(rows);
+    static_assert(kSplits <= kLanes);
+    for (int repeat = 0; repeat < 4; ++repeat)
+        for (int num_groups = 1; num_groups <= kRows / 8; ++num_groups) check<kRows / 8>(num_groups);
 }
 
 int main() {

@@ -12,7 +12,8 @@ constexpr int kSplits = 2;  // blocks of a cluster, a part of the columns each
 // which gets it from the same warp of all others by their own stores into its shared memory, and adds in the order of
 // the blocks: what comes out depends neither on which group it is nor on which block adds.
 template <int kGroups> struct Exchange {
-    static constexpr int kOwn = (kGroups + kSplits - 1) / kSplits;
+    static_assert(kGroups % kSplits == 0);
+    static constexpr int kOwn = kGroups / kSplits;
     static constexpr int kTogether = kOwn < 2 ? kOwn : 2;  // own groups that a warp has room for at a time
     static constexpr int kPackBytes = 32 * 16;
     static constexpr int kBytes = (kSplits - 1) * kTogether * kPackBytes;
@@ -21,7 +22,10 @@ template <int kGroups> struct Exchange {
     int rank, num_groups;          // that have rows of x
     unsigned parity;
 
-    __device__ bool exists(int group) const { return group < num_groups; }
+    // A round's first group is exchanged even if it has no rows. Who got nothing from a block would be ahead of it, and
+    // could arrive twice at a barrier of which it has not seen the first phase end.
+    __device__ bool exists(int group) const { return group % (kTogether * kSplits) < kSplits || group < num_groups; }
+    __device__ bool has_round(int round) const { return round * kTogether * kSplits < num_groups; }
     // Where a block finds what another has sent.
     __device__ unsigned pack(int from, int to, int place) const {
         const int sender = min((from - to + kSplits - 1) % kSplits, kSplits - 2);
@@ -37,7 +41,7 @@ template <int kGroups> struct Exchange {
 #pragma unroll
             for (int place = 0; place < kTogether; ++place) {
                 const int group = (round * kTogether + place) * kSplits + to;
-                if (group >= kGroups || !exists(group)) continue;
+                if (!exists(group)) continue;
                 store_at_rank(address_at_rank(pack(rank, to, place), to), sums + group * 4, barrier);
             }
         }
@@ -51,7 +55,7 @@ template <int kGroups> struct Exchange {
 #pragma unroll
         for (int place = 0; place < kTogether; ++place) {
             const int number = round * kTogether + place;
-            if (number < kOwn && exists(number * kSplits + rank)) add(own + number * 4, sums, number, place);
+            if (exists(number * kSplits + rank)) add(own + number * 4, sums, number, place);
         }
     }
 
@@ -63,7 +67,7 @@ template <int kGroups> struct Exchange {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int group = number * kSplits + from;
-                if (from == rank && group < kGroups) part[e] = sums[group * 4 + e];
+                if (from == rank) part[e] = sums[group * 4 + e];
                 own[e] = from == 0 ? part[e] : own[e] + part[e];
             }
         }
@@ -71,19 +75,20 @@ template <int kGroups> struct Exchange {
 
     // With the fence for the reason that `release` has. After the last round nobody sends any more, and may have gone.
     __device__ void make_room() const {
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        publish_shared_writes();
         __syncwarp();
         const int to = static_cast<int>(threadIdx.x) % 32;
         if (to < kSplits && to != rank) arrive_at_rank(empty, to);
     }
 
     __device__ void add_up(float (&own)[kOwn * 4], const float (&sums)[kGroups * 4], bool is_last) {
-        constexpr int kRounds = (kOwn + kTogether - 1) / kTogether;
+        constexpr int kRounds = kOwn / kTogether;
+        static_assert(kOwn % kTogether == 0);
 #pragma unroll
-        for (int round = 0; round < kRounds; ++round) {
+        for (int round = 0; round < kRounds && has_round(round); ++round) {
             send(sums, round);
             receive(own, sums, round);
-            if (!is_last || round + 1 < kRounds) make_room();
+            if (!is_last || (round + 1 < kRounds && has_round(round + 1))) make_room();
             parity ^= 1;
         }
     }

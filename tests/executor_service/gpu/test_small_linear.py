@@ -110,6 +110,16 @@ def test_a_row_of_the_weight_does_not_spoil_others() -> None:
     assert not got[:, 500].isfinite().any()
 
 
+@pytest.mark.parametrize("rows", [5, 8, 16, 17, 33, 40, 65, 72, 97])
+def test_blocks_of_a_cluster_drift_apart(rows: int) -> None:
+    """Hundreds of tiles each, of few columns: nobody waits for ever, where some have no rows to add up, too."""
+    x, weight = inputs(rows, 1 << 18, 128, torch.bfloat16, 3)
+    expected = (x.float() @ weight.float().T).double()
+    for _ in range(20):
+        got = small_linear(x, weight)
+    close(got, expected)
+
+
 @pytest.mark.parametrize("rows", [4, 40, 100])
 def test_chain_in_a_graph(rows: int) -> None:
     """Each kernel begins while its predecessor runs, and still sees all that it wrote, at every replay."""
