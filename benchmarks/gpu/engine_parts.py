@@ -64,6 +64,7 @@ class EngineParts:
 
     def _note_stage(self, progress: BootProgress) -> None:
         if progress.seconds is not None:
+            print(f"{progress.stage}: {progress.seconds:.1f} s", flush=True)
             self._stages[progress.stage] = {
                 "seconds": progress.seconds, "bytes": progress.num_bytes, "detail": progress.detail,
             }  # fmt: skip
