@@ -96,11 +96,12 @@ class FusedDecoder:
     def __call__(self, inputs_embeds: Tensor, positions: Tensor, requests: Tensor | None = None) -> Tensor:
         """[T, hidden], [T] -> [T, hidden], or [S, hidden] of the last tokens of `requests` [S] of the batch alone.
 
-        Then the last layer makes keys and values of all tokens, and goes on with a batch of those few.
+        Then the last layer makes keys and values of all tokens, and goes on with a batch of those few. `inputs_embeds`
+        are overwritten: the residual stream begins with them.
         """
         context = current_context()
         batch = context.metadata
-        residual = inputs_embeds.clone()
+        residual = inputs_embeds
         # One name for whatever is only the next operation's input: what is not needed any more must not be there while
         # gate and up are, which take most of a step.
         hidden = self._norm(residual, self._layers[0].attention_norm)

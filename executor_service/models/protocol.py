@@ -40,7 +40,7 @@ class ExecutorModel(Protocol):
         """
 
     def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor) -> Tensor:
-        """[T], [T] or [axes, T], [T, hidden] -> hidden states [T, hidden].
+        """[T], [T] or [axes, T], [T, hidden] -> hidden states [T, hidden]; `inputs_embeds` may be overwritten.
 
         With a parameter `requests` it is told who in the batch is asked about, int64 [S], and returns hidden states of
         their last tokens alone, [S, hidden]; None: of all tokens.
