@@ -84,15 +84,18 @@ def unique_storages(model: Any) -> list[torch.Tensor]:
     return list({p.untyped_storage().data_ptr(): p for p in model.parameters()}.values())
 
 
-def test_inputs_are_left_alone(model: Any) -> None:
+def test_the_residual_stream_begins_with_the_embeddings(model: Any) -> None:
+    """In their own memory: of a long step's tensors that is one less at its peak."""
     assert model.fuse_decoder()
     metadata, embeddings, places = batch(0)
     before = embeddings.clone()
     shape = (NUM_BLOCKS, BLOCK_SIZE, 2, 16)
     caches = [KVCache(*(torch.zeros(shape, dtype=torch.float64) for _ in "kv")) for _ in range(2)]
     with torch.inference_mode(), forward_context(metadata, caches):
-        model(places, places, embeddings)
-    assert torch.equal(embeddings, before)
+        hidden = model(places, places, embeddings)
+    norm = model.hf.model.language_model.norm
+    assert not torch.equal(embeddings, before)
+    assert torch.equal(norm(embeddings), hidden)
 
 
 def test_other_shapes_are_not_taken(model: Any) -> None:

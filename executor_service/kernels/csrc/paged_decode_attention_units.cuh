@@ -19,7 +19,14 @@ namespace {
 constexpr int kHeads = 8;       // query heads of one pass: the width of a matrix product
 constexpr int kMostTiles = 32;  // of a unit: each lane of a warp looks up one
 constexpr int kLevels = 3;      // of a tree
-constexpr int kUnitsEach = 8;   // units are larger than a chunk only if every block of threads gets so many
+constexpr int kManyHeads = 4;   // of a pass, whose partial results take a while to add up
+
+// Units become larger than a chunk, twice as large with every level, only if every block of threads still gets so many
+// of them: so many halves. As measured (docs/notes/paged_decode_attention.md).
+__device__ __forceinline__ int least_halves(int level, int group) {
+    if (group < kManyHeads) return 16;
+    return level == 1 ? 3 : level == 2 ? 8 : 16;
+}
 
 template <typename T> struct Inputs {
     const T* query;
@@ -81,12 +88,11 @@ template <typename T, int kTile> struct Units {
         int up_to = sum_up_to(counts[0], lane);
         before = up_to - counts[0];
         total = __shfl_sync(kAllLanes, up_to, 31);
-        if (total < kUnitsEach * num_blocks) return;
 #pragma unroll
         for (int l = 1; l <= kLevels; ++l) {
             up_to = sum_up_to(counts[l], lane);
             const int fewer = __shfl_sync(kAllLanes, up_to, 31);
-            if (fewer < kUnitsEach * num_blocks) continue;
+            if (2 * fewer < least_halves(l, in.group) * num_blocks) continue;
             before = up_to - counts[l], total = fewer, level = l;
         }
     }
