@@ -176,7 +176,10 @@ class Driver:
             trace.steps.append(EngineStep(now, fresh, report.num_scheduled_tokens))
 
     def decoding(self, requests: Sequence[Request], limit: float = 120.0) -> Iterator[None]:
-        """Submit, and run until every request has had two tokens; then one step per iteration until one ends."""
+        """Submit, and run until every request has had two tokens; then one step per iteration until one ends.
+
+        OverTimeError if one has ended by then.
+        """
         counts: dict[int, int] = {}
         trace = Trace(time.perf_counter())
         for request in requests:
@@ -186,6 +189,8 @@ class Driver:
             if time.perf_counter() - trace.began > limit:
                 self.abandon(requests)
                 raise OverTimeError(f"{len(counts)} of {len(requests)} requests decoded after {limit:g} s")
+        if any(request.is_finished for request in requests):
+            raise OverTimeError(f"the first of {len(requests)} requests ended before the last decoded")
         while all(not request.is_finished for request in requests):
             yield self._step(trace, counts)
 

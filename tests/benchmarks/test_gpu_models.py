@@ -96,3 +96,11 @@ def test_the_floor_has_a_row_of_the_last_layer_and_keys_and_values_of_all(tmp_pa
     one, two = (work.prefill(1, length, 0).operations for length in (1, 2))
     assert one == 2 * (32 * layer + head) + 2 * 31 * 4096 + 4 * 4096
     assert two - one == 2 * (31 * layer + keys_and_values) + 2 * 31 * 4096 * 3 + 4 * 4096
+
+
+def test_requests_that_do_not_decode_together_are_named(driver: Driver, geometry: str) -> None:
+    """The budget lets one prompt in at a time, so the first ends while others wait."""
+    requests = driver.requests(4, SIDES[geometry], 2)
+    with pytest.raises(OverTimeError, match="ended before the last decoded"):
+        next(driver.decoding(requests))
+    driver.abandon(requests)
