@@ -190,6 +190,7 @@ class Driver:
                 self.abandon(requests)
                 raise OverTimeError(f"{len(counts)} of {len(requests)} requests decoded after {limit:g} s")
         if any(request.is_finished for request in requests):
+            self.abandon(requests)
             raise OverTimeError(f"the first of {len(requests)} requests ended before the last decoded")
         while all(not request.is_finished for request in requests):
             yield self._step(trace, counts)

@@ -103,4 +103,4 @@ def test_requests_that_do_not_decode_together_are_named(driver: Driver, geometry
     requests = driver.requests(4, SIDES[geometry], 2)
     with pytest.raises(OverTimeError, match="ended before the last decoded"):
         next(driver.decoding(requests))
-    driver.abandon(requests)
+    assert not driver.engine.has_work

@@ -68,22 +68,15 @@ class Bench:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def run(self, requests: list[Request], steps: int | None = None) -> dict[int, list[int]]:
-        for request in requests:
-            self.engine.add(request)
-        outputs: dict[int, list[int]] = defaultdict(list)
-        while self.engine.has_work and steps != 0:
-            report = self.engine.step()
-            for number, token in zip(report.request_ids, report.token_ids, strict=True):
-                outputs[number].append(token)
-            steps = None if steps is None else steps - 1
-        return outputs
+        """Tokens by request, of all steps or the first `steps`."""
+        return tokens_of(self.reports(requests, steps))
 
-    def reports(self, requests: list[Request]) -> list[StepReport]:
-        """Of every step until all have ended."""
+    def reports(self, requests: list[Request], steps: int | None = None) -> list[StepReport]:
+        """Of every step until all have ended, or the first `steps`."""
         for request in requests:
             self.engine.add(request)
-        reports = []
-        while self.engine.has_work:
+        reports: list[StepReport] = []
+        while self.engine.has_work and len(reports) != steps:
             reports.append(self.engine.step())
         return reports
 
@@ -121,12 +114,12 @@ class Bench:
 
 
 def tokens_of(reports: list[StepReport]) -> dict[int, list[int]]:
-    """By request."""
-    tokens: dict[int, list[int]] = defaultdict(list)
+    """By request; of one without any, an empty list."""
+    tokens: defaultdict[int, list[int]] = defaultdict(list)
     for report in reports:
         for number, token in zip(report.request_ids, report.token_ids, strict=True):
             tokens[number].append(token)
-    return dict(tokens)
+    return tokens
 
 
 def load_reference(checkpoint: Path, dtype: torch.dtype = torch.float64) -> LlavaForConditionalGeneration:
