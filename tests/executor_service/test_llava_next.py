@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
+import torch
+from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, image_size_to_num_patches
 
 from executor_service.engine.request import Request
 from tests.checkpoints import make_llava_checkpoint
@@ -46,3 +51,20 @@ def test_preemption(tmp_path) -> None:
     assert sum(request.num_preemptions for request in requests) > 0
     for request in requests:
         assert outputs[request.request_id] == bench.expected(request)
+
+
+def test_pictures_are_packed_as_by_transformers(tmp_path) -> None:
+    checkpoint = make_llava_checkpoint(tmp_path / "model", pinpoints=PINPOINTS)
+    model: Any = boot_engine(checkpoint).engine.runner.model.hf.model
+    vision = model.config.vision_config
+    rng = np.random.default_rng(5)
+    sizes = [*SIZES, *rng.integers(1, 400, (40, 2)).tolist()]
+    counts = [image_size_to_num_patches(size, PINPOINTS, vision.image_size) for size in sizes]
+    pictures = [torch.randn(count, (vision.image_size // vision.patch_size) ** 2, 8) for count in [*counts, 1]]
+    options = {"vision_feature_select_strategy": "default", "image_newline": torch.randn(8)}
+    packed, _ = model.pack_image_features(pictures, [*sizes, (5, 5)], **options)
+    expected, _ = LlavaNextModel.pack_image_features(model, pictures, [*sizes, (5, 5)], **options)
+    assert model.pack_image_features.__func__ is not LlavaNextModel.pack_image_features
+    assert len(packed) == len(expected)
+    for ours, theirs in zip(packed, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)

@@ -129,6 +129,22 @@ def test_llava_next_equals_generate(tmp_path: Path, decoder: str) -> None:
     check_equal_generate(bench, test_llava_next.mixed_requests(bench, 8))
 
 
+def test_encoding_waits_for_nothing(tmp_path: Path) -> None:
+    """A step that waits for its pictures' features is enqueued when the device has nothing left to do."""
+    checkpoint = make_llava_checkpoint(tmp_path / "model", pinpoints=test_llava_next.PINPOINTS)
+    bench = Bench(checkpoint, boot_on_gpu(checkpoint, decoder="fused"), None)
+    items = [item for request in test_llava_next.mixed_requests(bench, 4) for item in request.items]
+    for item in items:
+        item.tensors = {name: tensor.pin_memory() for name, tensor in item.tensors.items()}
+    bench.engine.runner.encoder.encode(items)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.inference_mode():
+            bench.engine.runner.encoder.encode(items)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("decoder", ["fused", "stock"])
 def test_logprobs_equal_transformers(checkpoint: Path, decoder: str) -> None:
     """Log probabilities of chosen and likeliest tokens within 1e-4 of transformers' float32 on the CPU."""
