@@ -39,6 +39,9 @@ from tests.checkpoints import checkpoint_name, processor_config, write_json
 PINPOINTS: Final = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 SHARD_BYTES: Final = 1 << 30
 NUM_WRITERS: Final = 8
+LAYOUT: Final = "old"
+"""Names as published checkpoints of these models have them: every engine knows those."""
+HEAD: Final = checkpoint_name("lm_head.weight", LAYOUT)
 _SPECIAL: Final = ("<pad>", "<s>", "</s>")
 _DTYPE_CODES: Final = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
@@ -152,8 +155,9 @@ def checkpoint_folder(geometry: str, num_bytes: float = 16e9) -> Path:
 
 
 def is_whole(folder: Path) -> bool:
-    """The weights' index is written last."""
-    return (folder / "model.safetensors.index.json").is_file()
+    """The weights' index is written last; one with other names is of another version of this file."""
+    index = folder / "model.safetensors.index.json"
+    return index.is_file() and HEAD in json.loads(index.read_text("utf-8"))["weight_map"]
 
 
 def ensure_checkpoint(geometry: str) -> Path:
@@ -221,7 +225,7 @@ def _write_weights(folder: Path, config: PreTrainedConfig, device: str) -> int:
 
     with ThreadPoolExecutor(NUM_WRITERS) as pool:
         total = sum(pool.map(write, names, shards))
-    places = {checkpoint_name(key, "new"): name for name, shard in zip(names, shards, strict=True) for key in shard}
+    places = {checkpoint_name(key, LAYOUT): name for name, shard in zip(names, shards, strict=True) for key in shard}
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
     return total
 
@@ -253,7 +257,7 @@ def _write_shard(path: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtyp
     offset = 0
     for name, shape in shapes.items():
         end = offset + shape.numel() * dtype.itemsize
-        header[checkpoint_name(name, "new")] = {
+        header[checkpoint_name(name, LAYOUT)] = {
             "dtype": _DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [offset, end],
         }  # fmt: skip
         offset = end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 from benchmarks.gpu.floors import ModelWork, Rates
 from benchmarks.gpu.load import SIDES, max_model_len
-from benchmarks.gpu.models import GEOMETRIES, weight_shapes, write_checkpoint
+from benchmarks.gpu.models import GEOMETRIES, is_whole, weight_shapes, write_checkpoint
 from benchmarks.gpu.workload import Driver, OverTimeError
 from tests.executor_service.conftest import Bench
 
@@ -36,6 +37,20 @@ def driver(checkpoint: Path, geometry: str) -> Driver:
         checkpoint, device="cpu", max_model_len=max_model_len(geometry), max_num_seqs=4, max_num_batched_tokens=256,
         kv_cache_memory=1 << 26, check_integrity=True,
     )  # fmt: skip
+
+
+def test_a_checkpoint_is_whole_with_an_index_of_its_names(checkpoint: Path, tmp_path: Path) -> None:
+    """Names as vLLM takes them, which knows a tower by no other."""
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text("utf-8"))
+    assert is_whole(checkpoint)
+    beginnings = ("language_model.model.", "language_model.lm_head.", "vision_tower.vision_model.")
+    assert all(
+        name.startswith((*beginnings, "multi_modal_projector.", "image_newline")) for name in index["weight_map"]
+    )
+    assert not is_whole(tmp_path)
+    index["weight_map"] = {"lm_head.weight": "model-00001-of-00001.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    assert not is_whole(tmp_path)
 
 
 def test_tokens_are_transformers_own(checkpoint: Path, geometry: str, driver: Driver) -> None:
