@@ -12,7 +12,9 @@ from multiprocessing.connection import Connection
 
 from executor_service.engine.messages import (
     Abort,
+    Announce,
     Booted,
+    Complete,
     Counters,
     EngineConfig,
     Finished,
@@ -24,6 +26,7 @@ from executor_service.engine.messages import (
     Submit,
     ToEngine,
 )
+from executor_service.engine.pipe import send_report
 from registry.families import open_family
 from registry.fingerprint import fingerprint
 
@@ -40,6 +43,7 @@ class StandInEngine:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._announced: dict[int, Submit] = {}
         self._left: dict[int, int] = {}
         self._ended: list[Finished] = []
         self._is_stopping = False
@@ -54,13 +58,19 @@ class StandInEngine:
             while not self._is_stopping and self._connection.poll(QUIET_SECONDS if is_idle else 0):
                 self._handle(self._connection.recv())
             if self._left or self._ended:
-                self._connection.send(self._step())
+                send_report(self._connection, self._step())
 
     def _handle(self, message: ToEngine) -> None:
         match message:
             case Submit():
                 self._left[message.request_id] = message.sampling.max_tokens
+            case Announce():
+                self._announced[message.submit.request_id] = message.submit
+            case Complete():
+                self._handle(self._announced.pop(message.request_id))
             case Abort():
+                for number in message.request_ids:
+                    self._announced.pop(number, None)
                 gone = [number for number in message.request_ids if self._left.pop(number, None) is not None]
                 self._ended += [Finished(number, FinishReason.ABORTED) for number in gone]
             case Shutdown():

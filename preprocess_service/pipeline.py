@@ -195,6 +195,8 @@ class Pipeline:
             sender = ItemSender(plan, self._media, executor, answer.add_times)
             with executor.request(make_start(call, plan, self._checkpoint.fingerprint.digest)) as remote:
                 try:
+                    # The stream's writer goes first: a worker would keep the interpreter from it.
+                    await asyncio.sleep(0)
                     sender.begin()
                     async for piece in self._answer(call, answer, sender, remote):
                         yield piece

@@ -34,7 +34,7 @@ class ItemSender:
         self._media = media
         self._executor = executor
         self._on_loaded = on_loaded
-        self._early: dict[int, asyncio.Task[MappedItem]] = {}
+        self._early: dict[int, asyncio.Future[MappedItem]] = {}
         self._promised: set[bytes] = set()
         self._asked_for: set[int] = set()
         self._senders: list[asyncio.Task[None]] = []
@@ -45,10 +45,7 @@ class ItemSender:
         return all(sender.done() for sender in self._senders)
 
     def begin(self) -> None:
-        """Load what the executor will ask for, as far as there are workers for it.
-
-        In tasks, which run after the stream's writer: a worker would keep the interpreter from sending the Start.
-        """
+        """Load what the executor will ask for, as far as there are workers for it."""
         for index, item in enumerate(self._items):
             digest = item.media_digest
             if item.mapped is not None or digest is None or digest in self._promised or self._executor.expects(digest):
@@ -56,7 +53,7 @@ class ItemSender:
             self._promised.add(digest)
             self._executor.promise(digest)
             if self._media.take_early():
-                self._early[index] = asyncio.create_task(self._media.load(item, index))
+                self._early[index] = self._media.load(item, index)
 
     def send(self, indices: Sequence[int], remote: RemoteRequest) -> None:
         """Send what the executor misses; what it turned out to have is dropped.
@@ -116,10 +113,10 @@ class ItemSender:
             self._drop(index)
 
     def _drop(self, index: int) -> None:
-        task = self._early.pop(index, None)
-        if task is None:
+        loading = self._early.pop(index, None)
+        if loading is None:
             return
         self._media.give_back_early()
-        task.cancel()
+        loading.cancel()
         # Its failure is nobody's any more: an executor that does not want the item does not need it whole.
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        loading.add_done_callback(lambda done: done.cancelled() or done.exception())

@@ -11,6 +11,8 @@ import torch
 from executor_service.engine.boot import BootedEngine
 from executor_service.engine.messages import (
     Abort,
+    Announce,
+    Complete,
     FinishReason,
     ItemSlots,
     Shutdown,
@@ -18,6 +20,7 @@ from executor_service.engine.messages import (
     TensorSlot,
     ToEngine,
 )
+from executor_service.engine.pipe import send_report
 from executor_service.engine.request import EngineItem, Request
 from registry import PlaceholderRange, TensorSpec
 
@@ -31,6 +34,7 @@ class EngineLoop:
         self._engine = booted.engine
         self._family = booted.family
         self._max_model_len = booted.report.max_model_len
+        self._announced: dict[int, Announce] = {}
         self._stopping = False
         if booted.engine.runner.device.type == "cuda":
             _page_lock(arena)
@@ -40,7 +44,7 @@ class EngineLoop:
         while not self._stopping:
             self._receive()
             if self._engine.has_work:
-                self._connection.send(self._engine.step())
+                send_report(self._connection, self._engine.step())
 
     def _receive(self) -> None:
         """Take every message that is there; wait for one if there is nothing else to do."""
@@ -51,7 +55,13 @@ class EngineLoop:
         match message:
             case Submit():
                 self._add(message)
+            case Announce():
+                self._announced[message.submit.request_id] = message
+            case Complete():
+                self._add(self._announced.pop(message.request_id).completed(message))
             case Abort():
+                for request_id in message.request_ids:
+                    self._announced.pop(request_id, None)
                 self._engine.abort(message.request_ids)
             case Shutdown():
                 self._stopping = True

@@ -1,13 +1,15 @@
 """What passes between the front and the engine process: plain data, no torch.
 
-Front to engine: EngineConfig (once), Submit, Abort, Shutdown. Engine to front: BootProgress, then Booted
-or BootFailed, then one StepReport per step; EngineFailed if it has to end.
+Front to engine: EngineConfig (once), Submit, or Announce and Complete, Abort, Shutdown. Engine to front: BootProgress,
+then Booted or BootFailed, then each step's StepTokens, if it gave any, and its StepEnd; EngineFailed if it has to end.
+What somebody waits for is small: code that has not run for some milliseconds takes 0.1 ms to write a request or a whole
+report, and as much to read it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
@@ -114,8 +116,40 @@ class Submit:
 
 
 @dataclass(frozen=True)
+class Announce:
+    """A request whose tensors are still arriving: `submit` says all but where they are, and has no digests yet."""
+
+    submit: Submit
+
+    def completed(self, complete: Complete) -> Submit:
+        """The request with its tensors."""
+        contents = zip(self.submit.items, complete.offsets, complete.content_digests, strict=True)
+        items = (
+            replace(item, tensors=_placed(item.tensors, offsets), content_digest=digest)
+            for item, offsets, digest in contents
+        )
+        return replace(self.submit, items=tuple(items))
+
+
+@dataclass(frozen=True)
+class Complete:
+    """An announced request is complete: by item, its digest and where its tensors are in the arena, in their order."""
+
+    request_id: int
+    offsets: tuple[tuple[int, ...], ...]
+    content_digests: tuple[bytes, ...]
+
+
+def _placed(tensors: Sequence[TensorSlot], offsets: Sequence[int]) -> tuple[TensorSlot, ...]:
+    return tuple(replace(slot, arena_offset=offset) for slot, offset in zip(tensors, offsets, strict=True))
+
+
+@dataclass(frozen=True)
 class Abort:
-    """Requests to end before the next step; they are reported as finished with reason ABORTED."""
+    """Requests to end before the next step; they are reported as finished with reason ABORTED.
+
+    Those that are only announced are forgotten, and no more is said of them.
+    """
 
     request_ids: tuple[int, ...]
 
@@ -125,7 +159,7 @@ class Shutdown:
     """End the engine process."""
 
 
-ToEngine = Submit | Abort | Shutdown
+ToEngine = Submit | Announce | Complete | Abort | Shutdown
 
 
 @dataclass(frozen=True)
@@ -254,12 +288,37 @@ class Counters:
 
 
 @dataclass(frozen=True)
-class StepReport:
-    """All outputs of one step: `token_ids[i]` belongs to `request_ids[i]`, `logprobs` to indices of them.
+class StepTokens:
+    """What a step gives to those who wait: `token_ids[i]` belongs to `request_ids[i]`, `logprobs` to indices of them.
 
-    `prompt_logprobs` are (request id, of its next prompt tokens in order, from the second token on). The step took
-    `seconds` and computed `num_scheduled_tokens` of `num_scheduled_requests`.
+    `prompt_logprobs` are (request id, of its next prompt tokens in order, from the second token on).
     """
+
+    request_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[tuple[int, TokenLogprobs]]
+    prompt_logprobs: list[tuple[int, list[TokenLogprobs]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """What else there is to say of a step, which gave `num_tokens` tokens.
+
+    It took `seconds` and computed `num_scheduled_tokens` of `num_scheduled_requests`.
+    """
+
+    finished: list[Finished]
+    load: Load
+    counters: Counters
+    num_tokens: int = 0
+    seconds: float = 0.0
+    num_scheduled_requests: int = 0
+    num_scheduled_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """All outputs of one step; see StepTokens and StepEnd, as which it is sent."""
 
     request_ids: list[int]
     token_ids: list[int]
@@ -272,5 +331,20 @@ class StepReport:
     num_scheduled_requests: int = 0
     num_scheduled_tokens: int = 0
 
+    @property
+    def tokens(self) -> StepTokens | None:
+        """None if nobody waits for any."""
+        if not self.token_ids and not self.prompt_logprobs:
+            return None
+        return StepTokens(self.request_ids, self.token_ids, self.logprobs, self.prompt_logprobs)
 
-FromEngine = BootProgress | BootFailed | Booted | StepReport | EngineFailed
+    @property
+    def end(self) -> StepEnd:
+        """Everything but the tokens."""
+        return StepEnd(
+            self.finished, self.load, self.counters, len(self.token_ids), self.seconds, self.num_scheduled_requests,
+            self.num_scheduled_tokens,
+        )  # fmt: skip
+
+
+FromEngine = BootProgress | BootFailed | Booted | StepTokens | StepEnd | EngineFailed

@@ -21,7 +21,8 @@ from executor_service.engine.messages import (
     EngineFailed,
     FromEngine,
     Shutdown,
-    StepReport,
+    StepEnd,
+    StepTokens,
     ToEngine,
 )
 from executor_service.front.arena import Arena
@@ -43,11 +44,13 @@ class EngineLink:
     def __init__(
         self,
         on_progress: Callable[[BootProgress], None],
-        on_step: Callable[[StepReport], None],
+        on_tokens: Callable[[StepTokens], None],
+        on_step_end: Callable[[StepEnd], None],
         engine_module: str = ENGINE_MODULE,
     ) -> None:
         self._on_progress = on_progress
-        self._on_step = on_step
+        self._on_tokens = on_tokens
+        self._on_step_end = on_step_end
         self._engine_module = engine_module
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -113,8 +116,10 @@ class EngineLink:
     def _handle(self, message: FromEngine) -> None:
         assert self._booted is not None
         match message:
-            case StepReport():
-                self._on_step(message)
+            case StepTokens():
+                self._on_tokens(message)
+            case StepEnd():
+                self._on_step_end(message)
             case BootProgress():
                 self._on_progress(message)
             case Booted() if not self._booted.done():

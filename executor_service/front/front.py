@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from typing import Final
 
 from diptych.service.errors import (
     DeadlineError,
@@ -22,13 +23,17 @@ from diptych.v1 import executor_pb2, tensor_pb2
 from diptych.wire.framing import ItemChunk
 from executor_service.engine.messages import (
     Abort,
+    Announce,
     Booted,
+    Complete,
     Counters,
     EngineConfig,
     Finished,
     FinishReason,
+    ItemSlots,
     Load,
-    StepReport,
+    StepEnd,
+    StepTokens,
     Submit,
 )
 from executor_service.front.admission import Admission, AdmittedRequest
@@ -41,7 +46,8 @@ from executor_service.front.request import FrontRequest, Outlet
 from registry.family import ModelFamily
 
 LOG = logging.getLogger("diptych.executor")
-
+TOUCH_DELAY: Final = 0.005
+"""Seconds from a request's way to the engine until memory is touched for the next: its first token may come sooner."""
 _FINISH_REASONS = {
     FinishReason.STOP: tensor_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: tensor_pb2.FINISH_REASON_LENGTH,
@@ -65,7 +71,7 @@ class Front:
         self._arena = Arena(arena_bytes)
         self._reception = Reception(self._arena, receive_timeout, self._submit, self.end)
         self.boot_log = BootLog()
-        self._link = EngineLink(self.boot_log.show, self._on_step, engine_module)
+        self._link = EngineLink(self.boot_log.show, self._on_tokens, self._on_step_end, engine_module)
         self._requests: dict[int, FrontRequest] = {}
         self._next_number = 0
         self._family: ModelFamily | None = None
@@ -76,6 +82,7 @@ class Front:
         self.counters = Counters()
         self._reports = FrontReports(telemetry, self)
         self._closed = asyncio.Event()
+        self._touching: asyncio.TimerHandle | asyncio.Handle | None = None
 
     @property
     def family(self) -> ModelFamily:
@@ -137,6 +144,8 @@ class Front:
     async def stop(self) -> None:
         """End the engine process and free the memory."""
         await self._link.stop()
+        if self._touching is not None:
+            self._touching.cancel()
         self._arena.close()
 
     async def wait_failed(self) -> str:
@@ -163,12 +172,27 @@ class Front:
         self._requests[request.number] = request
         self._set_deadline(request)
         try:
-            self._reception.begin(request) if admitted.items else self._submit(request)
+            self._begin(request)
         except Exception:
             request.error = InternalError("the request could not be begun", stage="receive")
             self._close(request)  # its stream does not know it yet
             raise
         return request
+
+    def _begin(self, request: FrontRequest) -> None:
+        if not request.admitted.items:
+            self._submit(request)
+            return
+        self._reception.begin(request)
+        if not request.is_at_engine:
+            # In the loop's next turn: by then its sender knows what is missing.
+            asyncio.get_running_loop().call_soon(self._announce, request)
+
+    def _announce(self, request: FrontRequest) -> None:
+        """Let the engine read all but the tensors while they arrive."""
+        if request.error is None and not request.is_at_engine:
+            self._link.send(Announce(_submit(request, self._reception.expected_slots(request))))
+            request.is_announced = True
 
     def _admit(self, start: executor_pb2.Start) -> AdmittedRequest:
         self._check_room()
@@ -223,34 +247,31 @@ class Front:
         self.end(request, DeadlineError(f"the deadline passed in stage {request.stage}", stage=request.stage))
 
     def _submit(self, request: FrontRequest) -> None:
-        admitted = request.admitted
-        submit = Submit(
-            request.number,
-            admitted.prompt_token_ids,
-            self._reception.slots(request),
-            admitted.sampling,
-            admitted.priority,
-            admitted.output_token_ids,
-        )
+        message: Complete | Submit
+        if request.is_announced:
+            message = Complete(request.number, *self._reception.contents(request))
+        else:
+            message = _submit(request, self._reception.slots(request))
         # From here on only the engine can end it.
         request.received = time.monotonic()
         request.is_at_engine = True
-        self._link.send(submit)
-        self._touch_ahead()
+        self._link.send(message)
+        if self._touching is None:
+            self._touching = asyncio.get_running_loop().call_later(TOUCH_DELAY, self._touch_ahead)
 
     def _touch_ahead(self) -> None:
         """Make memory ready for the requests to come, a little in every turn of the loop."""
-        if self._arena.touch_ahead():
-            asyncio.get_running_loop().call_soon(self._touch_ahead)
+        has_more = self._arena.touch_ahead()
+        self._touching = asyncio.get_running_loop().call_soon(self._touch_ahead) if has_more else None
 
     def end(self, request: FrontRequest, error: DiptychError) -> None:
         """End a request with an error; at the engine it is aborted first, and reported when its blocks are free."""
         if request.error is not None or request.number not in self._requests:
             return
         request.error = error
-        if request.is_at_engine:
+        if request.is_at_engine or request.is_announced:
             self._link.send(Abort((request.number,)))
-        else:
+        if not request.is_at_engine:
             self._close(request)
             request.outlet.put_final(executor_pb2.Final(handle=request.handle, status=error.to_status()))
 
@@ -264,14 +285,14 @@ class Front:
 
     # --- the engine's side --------------------------------------------------------------------------
 
-    def _on_step(self, report: StepReport) -> None:
-        """Give every stream its share of the step, in one message each; who has ended gets its Final behind it."""
-        for number, entries in report.prompt_logprobs:
+    def _on_tokens(self, tokens: StepTokens) -> None:
+        """Give every stream its share of the step, in one message each."""
+        for number, entries in tokens.prompt_logprobs:
             if (request := self._requests[number]).error is None:
                 request.outlet.put_prompt_logprobs(request.handle, entries)
-        logprobs = dict(report.logprobs)
+        logprobs = dict(tokens.logprobs)
         touched: dict[Outlet, None] = {}
-        for index, (number, token_id) in enumerate(zip(report.request_ids, report.token_ids, strict=True)):
+        for index, (number, token_id) in enumerate(zip(tokens.request_ids, tokens.token_ids, strict=True)):
             request = self._requests[number]
             if request.error is None:
                 request.num_output_tokens += 1
@@ -279,17 +300,16 @@ class Front:
                 touched[request.outlet] = None
         for outlet in touched:
             outlet.flush()
-        self.load, self.counters = report.load, report.counters
-        # In the loop's next turn: by then the tokens, for which somebody waits, are with the transport.
-        asyncio.get_running_loop().call_soon(self._after_step, report)
 
-    def _after_step(self, report: StepReport) -> None:
-        for finished in report.finished:
+    def _on_step_end(self, end: StepEnd) -> None:
+        """Who has ended gets its Final, behind its tokens, which are with the transport by now."""
+        self.load, self.counters = end.load, end.counters
+        for finished in end.finished:
             request = self._requests[finished.request_id]
             final = self._final(request, finished)
             self._close(request, finished)
             request.outlet.put_final(final)
-        self._reports.step(report)
+        self._reports.step(end)
 
     def _final(self, request: FrontRequest, finished: Finished) -> executor_pb2.Final:
         if finished.reason is FinishReason.FAILED:
@@ -319,6 +339,18 @@ class Front:
                 while self._requests:
                     self._closed.clear()
                     await self._closed.wait()
+
+
+def _submit(request: FrontRequest, items: tuple[ItemSlots, ...]) -> Submit:
+    admitted = request.admitted
+    return Submit(
+        request.number,
+        admitted.prompt_token_ids,
+        items,
+        admitted.sampling,
+        admitted.priority,
+        admitted.output_token_ids,
+    )
 
 
 def _completion(request: FrontRequest, finished: Finished) -> executor_pb2.Completion:

@@ -12,11 +12,12 @@ from typing import Final
 from diptych.service.errors import DeadlineError, DiptychError, InvalidInputError
 from diptych.v1 import executor_pb2
 from diptych.wire.framing import ItemChunk
-from executor_service.engine.messages import ItemSlots
+from executor_service.engine.messages import ItemSlots, TensorSlot
+from executor_service.front.admission import AdmittedItem
 from executor_service.front.arena import Arena
 from executor_service.front.assembly import ItemAssembly, content_digest, refusal
 from executor_service.front.credit import CreditOffice, RequestCredit
-from executor_service.front.item_store import Claim, ItemHold, ItemStore
+from executor_service.front.item_store import Claim, ItemHold, ItemStore, StoredItem
 from executor_service.front.request import FrontRequest, Pace
 
 PACE_BYTES: Final = 1 << 20
@@ -96,15 +97,32 @@ class Reception:
         """What the engine is told of a complete request's items."""
         return tuple(
             ItemSlots(
+                item.placeholder.offset, item.placeholder.length, item.info, stored.tensors, _digest(item, stored)
+            )
+            for item, stored in _stored(request)
+        )
+
+    def expected_slots(self, request: FrontRequest) -> tuple[ItemSlots, ...]:
+        """The same before they are complete: tensors are nowhere yet, and there are no digests."""
+        return tuple(
+            ItemSlots(
                 item.placeholder.offset,
                 item.placeholder.length,
                 item.info,
-                hold.stored.tensors,
-                content_digest(hold.stored.tensors_digest, item.info.modality, item.layout),
+                tuple(TensorSlot(name, spec.dtype, spec.shape, 0, spec.num_bytes) for name, spec in item.tensors),
+                b"",
             )
-            for item, hold in zip(request.admitted.items, _holds(request), strict=True)
-            if hold.stored is not None
+            for item in request.admitted.items
         )
+
+    def contents(self, request: FrontRequest) -> tuple[tuple[tuple[int, ...], ...], tuple[bytes, ...]]:
+        """What `expected_slots` lacks: by item, where its tensors are, in the same order, and its digest."""
+        offsets, digests = [], []
+        for item, stored in _stored(request):
+            places = {slot.name: slot.arena_offset for slot in stored.tensors}
+            offsets.append(tuple(places[name] for name, _ in item.tensors))
+            digests.append(_digest(item, stored))
+        return tuple(offsets), tuple(digests)
 
     def check_integrity(self, requests: Iterable[FrontRequest]) -> None:
         """AssertionError unless arena, items and credit are whole and belong to live requests."""
@@ -234,6 +252,17 @@ class Reception:
 
 def _holds(request: FrontRequest) -> Sequence[ItemHold]:
     return request.claim.holds if request.claim is not None else ()
+
+
+def _stored(request: FrontRequest) -> Iterable[tuple[AdmittedItem, StoredItem]]:
+    """The items of a request that is complete."""
+    for item, hold in zip(request.admitted.items, _holds(request), strict=True):
+        assert hold.stored is not None
+        yield item, hold.stored
+
+
+def _digest(item: AdmittedItem, stored: StoredItem) -> bytes:
+    return content_digest(stored.tensors_digest, item.info.modality, item.layout)
 
 
 def _beyond_credit(chunk: ItemChunk, sent: int, granted: int) -> DiptychError:

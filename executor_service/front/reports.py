@@ -13,7 +13,7 @@ from diptych.service.errors import DiptychError, InternalError
 from diptych.service.telemetry import RequestSpan, Telemetry
 from diptych.service.telemetry import metrics as catalogue
 from diptych.v1 import executor_pb2
-from executor_service.engine.messages import Finished, StepReport
+from executor_service.engine.messages import Finished, StepEnd
 from executor_service.front.request import FrontRequest
 
 if TYPE_CHECKING:
@@ -83,13 +83,13 @@ class FrontReports:
 
     # --- steps ------------------------------------------------------------------------------------
 
-    def step(self, report: StepReport) -> None:
+    def step(self, end: StepEnd) -> None:
         """The engine has done a step."""
-        self._num_output_tokens += len(report.token_ids)
+        self._num_output_tokens += end.num_tokens
         if self._telemetry.has_metrics:
-            self._step_seconds.record(report.seconds)
-            self._batch_requests.record(report.num_scheduled_requests)
-            self._batch_tokens.record(report.num_scheduled_tokens)
+            self._step_seconds.record(end.seconds)
+            self._batch_requests.record(end.num_scheduled_requests)
+            self._batch_tokens.record(end.num_scheduled_tokens)
 
     # --- what is read when somebody looks -----------------------------------------------------------
 

@@ -68,6 +68,7 @@ class FrontRequest:
     pace: Pace | None = None
     receive_timer: asyncio.TimerHandle | None = None
     deadline: asyncio.TimerHandle | None = None
+    is_announced: bool = False
     is_at_engine: bool = False
     error: DiptychError | None = None
     num_output_tokens: int = 0

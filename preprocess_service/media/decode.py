@@ -40,11 +40,11 @@ class MediaWorkers:
         self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="media")
         use_our_limits()
 
-    async def load(self, item: PlannedItem, index: int) -> MappedItem:
-        """The item's tensors; InvalidInputError naming the item if it cannot be decoded."""
+    def load(self, item: PlannedItem, index: int) -> asyncio.Future[MappedItem]:
+        """The item's tensors, which a worker begins with; InvalidInputError naming the item if it cannot be decoded."""
         # The pool's threads do not know the request; its context does.
         load = partial(contextvars.copy_context().run, self._load, item, index)
-        return await asyncio.get_running_loop().run_in_executor(self._pool, load)
+        return asyncio.get_running_loop().run_in_executor(self._pool, load)
 
     def take_early(self) -> bool:
         """Whether one more item may be loaded before the executor asks for it; then it is given back in the end.

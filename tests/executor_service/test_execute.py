@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from diptych.v1 import executor_pb2, tensor_pb2
-from executor_service.engine.messages import FinishReason, StepReport
+from executor_service.engine.messages import FinishReason, StepEnd
 from tests.checkpoints import VOCAB_SIZE
 from tests.executor_service.peer import Peer, Planned, model_facts
 from tests.services import wait_idle
@@ -273,17 +273,17 @@ def test_cancel_while_receiving_and_while_generating(channel, planner) -> None:
 
 
 @pytest.fixture
-def reports(server, monkeypatch) -> list[StepReport]:
+def reports(server, monkeypatch) -> list[StepEnd]:
     """What the engine reports from now on."""
-    seen: list[StepReport] = []
+    seen: list[StepEnd] = []
     link = server[0].front._link
-    real = link._on_step
+    real = link._on_step_end
 
-    def noted(report: StepReport) -> None:
+    def noted(report: StepEnd) -> None:
         seen.append(report)
         real(report)
 
-    monkeypatch.setattr(link, "_on_step", noted)
+    monkeypatch.setattr(link, "_on_step_end", noted)
     return seen
 
 
@@ -307,7 +307,7 @@ def test_who_ends_a_request_ends_it_in_the_engine(channel, planner, server, repo
     wait_idle(channel, *server)
     ends = [finished for report in reports for finished in report.finished]
     assert [finished.reason for finished in ends] == [FinishReason.ABORTED]
-    assert sum(len(report.token_ids) for report in reports) < 1500
+    assert sum(report.num_tokens for report in reports) < 1500
 
 
 def test_a_steps_tokens_are_one_message_per_stream(channel, planner, reports) -> None:

@@ -91,7 +91,7 @@ def test_a_layout_that_raises_ends_its_request_alone(
     assert record.exc_info[1] is error
 
 
-@pytest.mark.parametrize("method", ["receive", "slots", "begin"])
+@pytest.mark.parametrize("method", ["receive", "contents", "begin"])
 def test_an_item_that_raises_ends_its_request_alone(server, channel, planner, monkeypatch, method: str) -> None:
     """Whether it is on its way in, complete, or has only been announced."""
     expected = _run(channel, planner)
@@ -129,6 +129,12 @@ def test_an_empty_message_ends_the_live_request_once(channel, planner) -> None:
         assert "neither start, chunk nor cancel" in answer.status.message
         assert peer.run(2, planner.plan()).tokens
         assert len(answer.finals) == 1
+
+
+def test_a_request_that_could_not_be_announced_is_submitted_whole(server, channel, planner, monkeypatch) -> None:
+    expected = _run(channel, planner)
+    monkeypatch.setattr(server[0].front._reception, "expected_slots", lambda request: 1 / 0)
+    assert _run(channel, planner) == expected
 
 
 def _run(channel: grpc.Channel, planner: Planner) -> list[int]:

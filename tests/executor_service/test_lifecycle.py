@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -19,7 +20,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from diptych.service.errors import UnavailableError
 from diptych.service.lifecycle import CHANNEL_OPTIONS
 from executor_service.engine.loop import EngineLoop
-from executor_service.engine.messages import FinishReason, SamplingParams, StepReport, Submit
+from executor_service.engine.messages import (
+    Abort,
+    Announce,
+    Complete,
+    FinishReason,
+    SamplingParams,
+    StepEnd,
+    StepTokens,
+    Submit,
+    ToEngine,
+)
 from executor_service.server import ExecutorServer
 from executor_service.settings import ExecutorSettings
 from registry.errors import CheckpointError
@@ -241,29 +252,41 @@ def test_a_model_whose_positions_raise_fails_that_request_alone(checkpoint) -> N
     connection = Scripted([Submit(number, ids, (), sampling, 0, ()) for number, ids in ((1, [5, 6]), (2, [7, 6]))])
     with pytest.raises(EOFError):
         EngineLoop(connection, memoryview(b""), booted).run()
-    finished = {one.request_id: one for report in connection.sent for one in report.finished}
+    finished = {one.request_id: one for end in connection.sent if isinstance(end, StepEnd) for one in end.finished}
     assert finished[1].reason is FinishReason.LENGTH
     assert finished[2].reason is FinishReason.FAILED
     assert finished[2].error == "positions: IndexError: a grid that is none"
 
 
+def test_an_announced_request_that_is_aborted_is_forgotten(checkpoint) -> None:
+    """The front has ended it, and expects no report of it."""
+    sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    first, second = (Submit(number, [5, 6], (), sampling) for number in (1, 2))
+    connection = Scripted([Announce(first), Announce(second), Abort((1,)), Complete(2, (), ())])
+    with pytest.raises(EOFError):
+        EngineLoop(connection, memoryview(b""), boot_engine(checkpoint)).run()
+    ends = [one.request_id for end in connection.sent if isinstance(end, StepEnd) for one in end.finished]
+    tokens = [one for step in connection.sent if isinstance(step, StepTokens) for one in step.request_ids]
+    assert (ends, tokens) == ([2], [2, 2])
+
+
 class Scripted:
     """A connection that gives these messages and then ends."""
 
-    def __init__(self, messages: list[Submit]) -> None:
+    def __init__(self, messages: list[ToEngine]) -> None:
         self._messages = messages
-        self.sent: list[StepReport] = []
+        self.sent: list[StepTokens | StepEnd] = []
 
     def poll(self) -> bool:
         return bool(self._messages)
 
-    def recv(self) -> Submit:
+    def recv(self) -> ToEngine:
         if not self._messages:
             raise EOFError
         return self._messages.pop(0)
 
-    def send(self, report: StepReport) -> None:
-        self.sent.append(report)
+    def send_bytes(self, message: bytes) -> None:
+        self.sent.append(pickle.loads(message))
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("longrope", 64), ("dynamic", 128)])
