@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.gpu.load import BATCHES
+from benchmarks.gpu.served import make_checkpoint
 from benchmarks.gpu.session import ROOT, exit_when_told, run, sheets
 from benchmarks.results import make_parser, write_result
 
@@ -60,6 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ours", type=Path, help="gpu_engine.json of this very session")
     parser.add_argument("--repeats", type=int, default=3, help="of every measurement of throughput (default 3)")
     parser.add_argument("--vllm-parts", help="of vLLM's figures, e.g. decode; all if not given")
+    parser.add_argument("--vllm-weights", default="checkpoint", help="checkpoint, as ours, or dummy: see vllm_arm")
     parser.add_argument("--vllm-seconds", type=float, default=280, help="at most, per geometry (default 280)")
     parser.add_argument("--engine-seconds", type=float, default=240, help="at most, per geometry (default 240)")
     parser.add_argument("--attention-seconds", type=float, default=60, help="at most, each (default 60)")
@@ -98,9 +100,10 @@ def install() -> dict[str, Any]:
 
 def run_vllm(geometry: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Figures of benchmarks.gpu.vllm_arm, and the end of what it said if it failed."""
+    make_checkpoint(geometry)
     sheet, log = folder / f"vllm-{geometry}.json", folder / f"vllm-{geometry}.log"
     command = [sys.executable, "-m", "benchmarks.gpu.vllm_arm", "--geometry", geometry, "--batches", options.batches,
-               "--repeats", str(options.repeats), "--sheet", str(sheet)]  # fmt: skip
+               "--repeats", str(options.repeats), "--weights", options.vllm_weights, "--sheet", str(sheet)]  # fmt: skip
     if options.vllm_parts:
         command += ["--parts", options.vllm_parts]
     print(f"\n=== vLLM, {geometry}", flush=True)

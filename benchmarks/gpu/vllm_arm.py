@@ -1,7 +1,11 @@
 """vLLM on the workload of the engine's benchmark; runs with vLLM's packages first on the path (see `peers`).
 
-The driver is the peer bundle's own (`bench_vllm.Bench`); here are only the second geometry, the mixed load, and a
-result that is on disk after every figure. Requests are rendered beforehand where ours have their tensors at hand.
+The driver is the peer bundle's own (`bench_vllm.Bench`); here are only the second geometry, the weights, the mixed
+load, and a result that is on disk after every figure. Requests are rendered beforehand where ours have their tensors at
+hand.
+
+Both engines load the same checkpoint. Weights that vLLM makes up itself (`--weights dummy`) lie within 0.001 of zero:
+products of such numbers take less power, and a card at its limit of power then computes faster, whoever's engine it is.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from benchmarks.gpu.session import ROOT, Sheet
 
 BUNDLE = ROOT / ".peer"
 PARTS = ("first_token", "decode", "prefill", "mixed")
+WEIGHTS = ("checkpoint", "dummy")
 FROM_PICTURES = (64, 256)
 """Batches whose requests are also timed from the picture on, as they are where ours are served."""
 
@@ -39,10 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parts", type=lambda text: tuple(text.split(",")), default=PARTS)
     parser.add_argument("--repeats", type=int, default=3, help="of the prefill (default 3)")
     parser.add_argument("--utilization", type=float, default=0.9)
+    parser.add_argument("--weights", choices=WEIGHTS, default=WEIGHTS[0], help="ours, or vLLM's own (default: ours)")
     parser.add_argument("--sheet", type=Path, required=True)
     options = parser.parse_args(argv)
     sheet = Sheet(options.sheet)
-    arm = Arm(options.geometry, options.utilization)
+    arm = Arm(options.geometry, options.utilization, options.weights)
     if not sheet.measure("boot", arm.boot):
         return 1
     sheet.measure("warm_up", arm.warm_up)
@@ -60,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 class Arm:
     """One booted vLLM."""
 
-    def __init__(self, geometry: str, utilization: float) -> None:
+    def __init__(self, geometry: str, utilization: float, weights: str = WEIGHTS[0]) -> None:
         sys.path.insert(0, str(BUNDLE))
         import bench_vllm
         import workload
@@ -68,6 +74,7 @@ class Arm:
         self._bench_class: Any = bench_vllm.Bench
         self._workload: Any = workload
         self._geometry, self._side, self._utilization = geometry, SIDES[geometry], utilization
+        self._weights = weights
         self._bench: Any = None
 
     def boot(self) -> dict[str, Any]:
@@ -78,15 +85,15 @@ class Arm:
         bench = self._bench_class.__new__(self._bench_class)
         bench.uid = 0
         bench.llm = vllm.LLM(
-            model=self._folder(), load_format="dummy", dtype="bfloat16", seed=0,
-            max_model_len=max_model_len(self._geometry), max_num_seqs=MAX_NUM_SEQS,
+            model=self._folder(), load_format="dummy" if self._weights == "dummy" else "auto", dtype="bfloat16",
+            seed=0, max_model_len=max_model_len(self._geometry), max_num_seqs=MAX_NUM_SEQS,
             gpu_memory_utilization=self._utilization, block_size=16, enable_prefix_caching=False,
             mm_processor_cache_gb=0, limit_mm_per_prompt={"image": 1},
         )  # fmt: skip
         bench.boot, bench.engine = time.perf_counter() - began, bench.llm.llm_engine
         self._bench, config = bench, bench.engine.vllm_config
         return {
-            "seconds": bench.boot, "num_blocks": config.cache_config.num_gpu_blocks,
+            "seconds": bench.boot, "weights": self._weights, "num_blocks": config.cache_config.num_gpu_blocks,
             "block_size": config.cache_config.block_size, "version": vllm.__version__,
             "graphs": str(config.compilation_config.cudagraph_mode),
             "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
@@ -94,14 +101,10 @@ class Arm:
         }  # fmt: skip
 
     def _folder(self) -> str:
-        """Configuration, tokenizer and processor; vLLM makes its weights itself."""
-        if self._geometry == "llava-1.5-7b":
-            return str(self._workload.write_model("/tmp/llava_random"))
-        from benchmarks.gpu.models import checkpoint_folder, write_files
+        """The checkpoint that ours loads, which is there by now."""
+        from benchmarks.gpu.models import checkpoint_folder
 
-        folder = checkpoint_folder(self._geometry).with_name("llava_next_random")
-        write_files(folder, self._geometry)
-        return str(folder)
+        return str(checkpoint_folder(self._geometry))
 
     def _prompts(self, count: int, seed: int) -> list[Any]:
         """Rendered, with random pictures of the geometry's size."""
