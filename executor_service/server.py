@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import time
 from dataclasses import replace
@@ -14,6 +15,7 @@ from diptych.service.settings import describe
 from diptych.service.telemetry import Telemetry
 from executor_service.front.engine_link import ENGINE_MODULE
 from executor_service.front.front import Front
+from executor_service.imports import lean_imports
 from executor_service.servicer import SERVICE_NAME, ExecutorServicer, add_to_server
 from executor_service.settings import ExecutorSettings
 from registry.errors import RegistryError
@@ -23,6 +25,8 @@ from registry.family import ModelFamily
 LOG = logging.getLogger("diptych.executor")
 UNWATCHED: Final = ("WatchLoad",)
 """It lasts as long as its peer."""
+IMPORTED: Final = ("transformers.models.auto.tokenization_auto", "transformers.models.auto.image_processing_auto")
+"""What reading a checkpoint imports, which without care is more than an engine does."""
 
 
 class ExecutorServer:
@@ -110,7 +114,13 @@ class ExecutorServer:
 
 
 def _bind_family(settings: ExecutorSettings) -> ModelFamily:
+    """Also what admission will ask it for, so that nothing of it is left to do when the engine has booted."""
+    with lean_imports():
+        for module in IMPORTED:
+            importlib.import_module(module)
     try:
-        return open_family(settings.model, settings.limits, settings.plugin)
+        family = open_family(settings.model, settings.limits, settings.plugin)
+        _ = family.feature_token_ids
+        return family
     except RegistryError as error:
         raise UnavailableError(str(error), stage="boot") from error

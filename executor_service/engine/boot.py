@@ -17,7 +17,6 @@ from executor_service.engine.configuration import Setting, load_config
 from executor_service.engine.core import Engine
 from executor_service.engine.decode_graphs import graph_sizes
 from executor_service.engine.encoder_cache import EncoderCache
-from executor_service.engine.imports import without_compiler
 from executor_service.engine.kv_cache import (
     allocate_kv_caches,
     block_bytes,
@@ -32,6 +31,7 @@ from executor_service.engine.model_runner import ModelRunner
 from executor_service.engine.profiling import MemoryPeaks, profile_run
 from executor_service.engine.scheduler import Scheduler
 from executor_service.engine.stages import Report, Stages
+from executor_service.imports import without_compiler
 from executor_service.models.loader import load_model
 from executor_service.models.protocol import KVGeometry, kv_geometry
 from executor_service.models.weights import Progress, WeightReader

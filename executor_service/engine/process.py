@@ -20,9 +20,9 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from executor_service.engine.imports import without_unused
 from executor_service.engine.messages import BootFailed, EngineConfig, EngineFailed
 from executor_service.engine.stages import Stages
+from executor_service.imports import compiled_anew, lean_imports
 from registry.errors import CheckpointError, RegistryError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _boot(config: EngineConfig, connection: Connection) -> BootedEngine:
     stages = Stages(connection.send, config.began)
     with stages.stage("start_process"):
         pass  # it has begun, and gets here
-    with stages.stage("import_modules"):
+    with stages.stage("import_modules") as stage:
         before = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_SECONDS)
         gc.disable()  # to look through modules while they are imported takes a fifth of that time, and finds nothing
@@ -79,7 +79,7 @@ def _boot(config: EngineConfig, connection: Connection) -> BootedEngine:
             from executor_service.kernels.cuda import ahead
 
             ahead.begin()
-        with without_unused():
+        with lean_imports():
             from executor_service.engine.configuration import pick_device
             from executor_service.models.weights import WeightReader
 
@@ -92,6 +92,7 @@ def _boot(config: EngineConfig, connection: Connection) -> BootedEngine:
 
         gc.freeze()
         gc.enable()
+        stage.detail = compiled_anew("torch")
     booted = boot(config, connection.send, stages.since, reader)
     sys.setswitchinterval(before)
     return booted

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from executor_service.engine.imports import UNUSED
+import pytest
+
+from executor_service.imports import UNUSED
 
 
 def run(code: str, *folders: Path) -> list[str]:
@@ -26,8 +28,8 @@ def test_packages_that_no_engine_uses_are_not_imported(tmp_path: Path) -> None:
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 99.0\n")
         (metadata / "top_level.txt").write_text(name)
     code = """
-from executor_service.engine.imports import UNUSED, without_unused
-with without_unused():
+from executor_service.imports import UNUSED, lean_imports
+with lean_imports():
     import executor_service.engine.boot
 import sys
 print([name for name in UNUSED if name in sys.modules])
@@ -38,8 +40,8 @@ import sklearn
 
 def test_the_compiler_is_not_imported_and_there_afterwards() -> None:
     code = """
-from executor_service.engine.imports import without_unused
-with without_unused():
+from executor_service.imports import lean_imports
+with lean_imports():
     import executor_service.engine.boot, executor_service.models.llava
 import sys, torch
 dear = ("sympy", "torch._dynamo", "torch._dynamo.utils", "torch.distributed.tensor")
@@ -53,10 +55,12 @@ print("torch._dynamo.utils" in sys.modules)
 def test_nothing_of_an_engine_needs_the_compiler(checkpoint: Path) -> None:
     """A step that imported it would stand for seconds."""
     code = f"""
-from executor_service.engine.imports import without_unused
-with without_unused():
+from executor_service.imports import lean_imports
+with lean_imports():
     import executor_service.engine.boot
 from pathlib import Path
+
+import pytest
 from PIL import Image
 from tests.executor_service.conftest import Bench, boot_engine
 import sys
@@ -71,8 +75,8 @@ def test_a_package_that_has_not_run_makes_way() -> None:
     """For whatever is no mark; what lies in it can be imported all the while."""
     code = """
 import sys
-from executor_service.engine.imports import MARKS, UnrunPackage, without_unused
-with without_unused():
+from executor_service.imports import MARKS, UnrunPackage, lean_imports
+with lean_imports():
     import torch._dynamo.config
     package = sys.modules["torch._dynamo"]
     print(type(package) is UnrunPackage, package.disable()(len) is len)
@@ -81,3 +85,17 @@ with without_unused():
 print(sys.modules["torch._dynamo"].config is sys.modules["torch._dynamo.config"])
 """
     assert run(code) == ["True True", "True", "torch._dynamo False", "True"]
+
+
+def test_what_is_compiled_at_every_boot_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_package").mkdir()
+    (tmp_path / "a_package" / "__init__.py").write_text("")
+    code = "import a_package; from executor_service.imports import compiled_anew; print(compiled_anew('a_package'))"
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    assert run(code, tmp_path) == ["Python compiles a_package at every boot: it is told not to keep it"]
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "")
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path / "a_package" / "__init__.py"))
+    (line,) = run(code, tmp_path)
+    assert line.startswith(f"Python compiles a_package at every boot: it cannot keep it in {tmp_path}")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX")
+    assert run(code, tmp_path) == [""]

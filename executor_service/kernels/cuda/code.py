@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from executor_service.disk_cache import cache_folder, keep, read_cached
 
 SOURCES: Final = Path(__file__).resolve().parent.parent / "csrc"
 SHIPPED: Final = Path(__file__).resolve().parent.parent / "cubin"
@@ -21,7 +21,6 @@ MANIFEST: Final = "manifest.json"
 OPTIONS: Final = ("--std=c++17", "--extra-device-vectorization")
 NEWEST_SHIPPED: Final = 10
 """The major compute capability of the newest architecture that `make kernels` makes cubins for."""
-_DIGEST_BYTES: Final = 32
 
 
 class KernelLoadError(RuntimeError):
@@ -64,17 +63,12 @@ def machine_code(
     if (cubin := _shipped(name, capability, digest)) is not None:
         return MachineCode(cubin, "shipped")
     arch = architecture(capability)
-    path = (cache or cache_folder()) / f"{name}.{arch}.{digest[:32]}.cubin"
-    if (cubin := _cached(path)) is not None:
+    path = (cache or cache_folder("kernels")) / f"{name}.{arch}.{digest[:32]}.cubin"
+    if (cubin := read_cached(path)) is not None:
         return MachineCode(cubin, "cached")
     cubin = (compiler or compile_with_nvrtc)(name, arch)
-    _keep(path, cubin)
+    keep(path, cubin)
     return MachineCode(cubin, "compiled")
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept; safe to delete."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diptych" / "kernels"
 
 
 def _shipped(name: str, capability: tuple[int, int], digest: str) -> bytes | None:
@@ -97,25 +91,6 @@ def _shipped(name: str, capability: tuple[int, int], digest: str) -> bytes | Non
             if hashlib.sha256(content).hexdigest() == entry["sha256"]:
                 return content
     return None
-
-
-def _cached(path: Path) -> bytes | None:
-    """The file's content without the digest that it begins with, if that is right."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    digest, cubin = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-    return cubin if cubin and hashlib.sha256(cubin).digest() == digest else None
-
-
-def _keep(path: Path, cubin: bytes) -> None:
-    """Write the file whole or not at all; a folder that cannot be written costs a compilation per boot, no more."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(cubin).digest() + cubin)
-        Path(file.name).replace(path)
 
 
 def compile_with_nvrtc(name: str, arch: str) -> bytes:

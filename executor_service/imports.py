@@ -1,4 +1,4 @@
-"""What the engine process does not import: what torch and transformers load wherever it is there, for others' use."""
+"""What an executor's processes do not import: what torch and transformers load for others' use wherever it is there."""
 
 from __future__ import annotations
 
@@ -6,27 +6,32 @@ import contextlib
 import importlib
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+from executor_service.lookups import kept_lookups
+
 UNUSED: Final = ("accelerate", "librosa", "peft", "scipy", "sklearn", "torchaudio", "torchvision")
-"""Seconds to import, and used by transformers for what an engine never does: training, audio files, beam heuristics,
-its own image processors. They are optional to it."""
+"""Seconds to import, and used by transformers for what no executor does: training, audio files, beam heuristics, its
+own image processors. They are optional to it."""
+MARKS: Final = ("allow_in_graph", "assume_constant_result", "disable")
 COMPILER: Final = "torch._dynamo"
 """Takes seconds with sympy behind it. transformers marks functions for it, and torch keeps what it does on the meta
 device from it; either imports it."""
-MARKS: Final = ("allow_in_graph", "assume_constant_result", "disable")
+_ONE_AT_A_TIME: Final = threading.RLock()
 
 
 @contextlib.contextmanager
-def without_unused() -> Iterator[None]:
+def lean_imports() -> Iterator[None]:
     """Inside, packages seem not to be installed, torch not to be distributed, and its compiler is not imported.
 
-    Afterwards a model's own code may import it all. What has been imported already stays.
+    What transformers looks up while it is imported is kept. Afterwards a model's own code may import it all. What has
+    been imported already stays.
     """
-    with _hidden(UNUSED), without_compiler(), _not_distributed():
+    with _ONE_AT_A_TIME, kept_lookups(), _hidden(UNUSED), without_compiler(), _not_distributed():
         yield
 
 
@@ -57,14 +62,22 @@ def _hidden(names: tuple[str, ...]) -> Iterator[None]:
 @contextlib.contextmanager
 def _not_distributed() -> Iterator[None]:
     """As a torch that was built without it; transformers asks once and keeps the answer."""
-    import torch.distributed
-
-    is_available = torch.distributed.is_available
-    torch.distributed.is_available = lambda: False
+    distributed = importlib.import_module("torch.distributed")
+    is_available = distributed.is_available
+    vars(distributed)["is_available"] = lambda: False
     try:
         yield
     finally:
-        torch.distributed.is_available = is_available
+        vars(distributed)["is_available"] = is_available
+
+
+def compiled_anew(package: str) -> str:
+    """What to say where Python has not kept an imported package's code; "" where it has."""
+    spec = sys.modules[package].__spec__
+    if spec is None or spec.cached is None or Path(spec.cached).is_file():
+        return ""
+    reason = "is told not to keep it" if sys.dont_write_bytecode else f"cannot keep it in {Path(spec.cached).parent}"
+    return f"Python compiles {package} at every boot: it {reason}"
 
 
 class UnrunPackage(ModuleType):
