@@ -1,13 +1,16 @@
 """Seconds from starting `diptych executor` until it serves, with the weights in the page cache, stage by stage.
 
 Cold: the cache of compiled kernels is empty. Warm: as the boot before has left it. Python's own compiled files are
-there in both. The first boot is not counted: it reads the weights and the libraries from wherever they are.
+there in both, as an installation has them: the first boot keeps what it compiles, whatever the environment says, and
+the result says whether it could. That boot is not counted, which also reads the weights and the libraries from wherever
+they are.
 `unaccounted_seconds` is what the stages' lines leave of the time from outside.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import signal
@@ -32,6 +35,8 @@ TOTAL: Final = "boot"
 """The name of the line that the others add up to."""
 LISTENING: Final = "listening on "
 LIMIT: Final = 120.0
+COMPILED: Final = ("torch", "transformers", "executor_service")
+"""Packages of which a boot imports most."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
                     boots["first"].append(boot(geometry, Path(folder) / "first", options.device))
                 for kind in TARGETS:
                     boots[kind].append(boot(geometry, Path(folder) / str(number), options.device))
+                figures["compiled_files"] = {package: is_compiled(package) for package in COMPILED}
                 figures[geometry] = summary(boots)
                 write_result("gpu_boot", figures, options, load_before)
     return 0
@@ -71,8 +77,8 @@ def boot(geometry: str, cache: Path, device: str) -> dict[str, Any]:
     ]  # fmt: skip
     began = time.perf_counter()
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "XDG_CACHE_HOME": str(cache)}, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        command, cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
     )  # fmt: skip
     log: list[tuple[float, str]] = []
     assert process.stderr is not None
@@ -102,6 +108,17 @@ def boot(geometry: str, cache: Path, device: str) -> dict[str, Any]:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         reader.join(5)
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """Kernels are kept in `cache`, and Python keeps what it compiles."""
+    return {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONDONTWRITEBYTECODE": ""}
+
+
+def is_compiled(package: str) -> bool:
+    """Whether Python has kept the package's code; else every boot compiles its sources."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.cached is not None and Path(spec.cached).is_file()
 
 
 def _collect(lines: Any, log: list[tuple[float, str]], began: float) -> None:
