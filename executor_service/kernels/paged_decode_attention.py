@@ -67,20 +67,20 @@ def _cpu(
 
     So a request depends on nobody else in the batch. Scores are float32 at least.
     """
-    batch, num_heads, head_dim = query.shape
-    num_kv_heads = k_cache.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    grouped = (query.to(dtype) * scale).view(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    for row, length in enumerate(seq_lens.tolist()):
+    shape = (query.shape[0], k_cache.shape[2], -1, query.shape[2])
+    requests = ((query.to(dtype) * scale).view(shape).unbind(), block_tables.unbind(), out.view(shape).unbind())
+    for length, queries, table, result in zip(seq_lens.tolist(), *requests, strict=True):
         if not length:
-            out[row] = 0.0
+            result.zero_()
             continue
         first = max(length - sliding_window, 0) if sliding_window else 0
-        keys, values = (gather_rows(cache, block_tables[row], length)[0, :, first:] for cache in (k_cache, v_cache))
-        scores = torch.bmm(grouped[row], keys.to(dtype).transpose(1, 2))
+        keys = gather_rows(k_cache, table, length, first).to(dtype)
+        scores = torch.bmm(queries, keys.transpose(1, 2))
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        out[row] = torch.bmm(scores.softmax(-1), values.to(dtype)).view(num_heads, head_dim)
+        values = gather_rows(v_cache, table, length, first).to(dtype)
+        result.copy_(torch.bmm(scores.softmax(-1), values))
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def _cpu(
     for row, length in enumerate(seq_lens.tolist()):
         begin, end = starts[row], starts[row + 1]
         visible = None if visible_ends is None else visible_ends[begin:end]
-        keys, values = (gather_rows(cache, block_tables[row], length) for cache in (k_cache, v_cache))
+        keys, values = (gather_rows(cache, block_tables[row], length)[None] for cache in (k_cache, v_cache))
         chunk = query[begin:end].transpose(0, 1)[None]
         if end - begin == length and visible is None and not (sliding_window or softcap):
             attended = F.scaled_dot_product_attention(chunk, keys, values, is_causal=True, scale=scale, enable_gqa=True)

@@ -7,13 +7,15 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 
-def gather_rows(cache: Tensor, block_tables: Tensor, length: int) -> Tensor:
-    """The first `length` cached rows of requests [..., max_blocks]: [B, Hkv, length, D]; B is 1 for a single table."""
-    _, block_size, num_kv_heads, head_dim = cache.shape
-    tables = block_tables[..., : -(-length // block_size)]
-    # index_select copies whole blocks; advanced indexing walks their elements, at a sixth of the speed.
-    rows = cache.index_select(0, tables.reshape(-1)).view(-1, tables.shape[-1] * block_size, num_kv_heads, head_dim)
-    return rows[:, :length].transpose(1, 2)
+def gather_rows(cache: Tensor, block_table: Tensor, length: int, first: int = 0) -> Tensor:
+    """Cached rows `first` to `length` of the request with the blocks `block_table` [max_blocks]: [Hkv, rows, D]."""
+    begin = first // cache.shape[1]
+    blocks = block_table[begin : -(-length // cache.shape[1])]
+    # index_select copies whole blocks; advanced indexing walks their elements, at a sixth of the speed. Products on
+    # views of blocks that happen to be neighbours take longer than on the copy, which is in the core's own cache.
+    rows = cache.index_select(0, blocks).flatten(0, 1)
+    skipped = begin * cache.shape[1]
+    return rows[first - skipped : length - skipped].transpose(0, 1)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:

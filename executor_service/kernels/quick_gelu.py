@@ -23,7 +23,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def _cpu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
+    return torch.sigmoid_(1.702 * x).mul_(x)
 
 
 def _cuda(x: Tensor) -> Tensor:

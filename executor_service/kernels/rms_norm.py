@@ -32,8 +32,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) ->
 
 def _rms_norm_cpu(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     wide = x.to(torch.float32)
-    variance = wide.pow(2).mean(-1, keepdim=True)
-    return weight * (wide * torch.rsqrt(variance + epsilon)).to(x.dtype)
+    factor = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+    return (wide * factor).to(x.dtype).mul_(weight)
 
 
 def _add_rms_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -44,14 +44,13 @@ def _cpu(
     qkv: Tensor, positions: Tensor, cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
 ) -> Tensor:
     num_kv_heads, head_dim = k_cache.shape[2:]
-    heads = qkv.unflatten(-1, (qkv.shape[1] // head_dim, head_dim))
-    num_heads = heads.shape[1] - 2 * num_kv_heads
-    first, second = heads[:, : num_heads + num_kv_heads].chunk(2, dim=-1)
-    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    store_rows(turned[:, num_heads:], k_cache, slot_mapping)
-    store_rows(heads[:, num_heads + num_kv_heads :], v_cache, slot_mapping)
-    return turned[:, :num_heads].contiguous()
+    heads = qkv.view(qkv.shape[0], qkv.shape[1] // head_dim, 2, head_dim // 2)
+    turning, values = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
+    first, second = turning.unbind(2)
+    cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
+    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=2).flatten(2)
+    store_rows(turned[:, -num_kv_heads:], values.flatten(2), k_cache, v_cache, slot_mapping)
+    return turned[:, :-num_kv_heads].contiguous()
 
 
 def _cuda(

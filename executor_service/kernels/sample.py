@@ -147,6 +147,9 @@ def _cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tables = SamplingTables(*arguments)
     result = Sampled(*_fake(logits, slots, numbers, order, *arguments))
+    if _are_plain(slots.numpy(), tables):
+        result.token_ids.copy_(_likeliest(logits))
+        return result
     result.token_ids.zero_()
     rows = (slots >= 0).nonzero().squeeze(-1)
     if len(rows):
@@ -154,12 +157,30 @@ def _cpu(
     return result
 
 
+def _are_plain(slots: np.ndarray, tables: SamplingTables) -> bool:
+    """Whether all rows are somebody's, greedy, and ask for nothing else."""
+    integers, temperatures = tables.integers.numpy()[slots], tables.reals.numpy()[slots, Real.TEMPERATURE]
+    return not (
+        (slots < 0).any()
+        or (temperatures > 0).any()
+        or (integers[:, Integer.NUM_LOGPROBS] >= 0).any()
+        or integers[:, Integer.HAS_PENALTIES : Integer.HELD_BACK_UNTIL].any()
+    )
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """Each row's largest logit, the first of several. Numpy finds it in a tenth of the time, of dtypes that it has."""
+    if logits.dtype.itemsize < 4:
+        return logits.argmax(dim=-1)
+    return torch.from_numpy(logits.numpy().argmax(axis=-1))
+
+
 def _sample_rows(
     logits: Tensor, rows: Tensor, slots: Tensor, numbers: Tensor, tables: SamplingTables, result: Sampled
 ) -> None:
     """Fill those rows of the result, in float64; rows that ask for nothing pay for nothing."""
     integers, reals = tables.integers[slots], tables.reals[slots]
-    tokens = logits[rows].argmax(dim=-1)
+    tokens = _likeliest(logits[rows])
     held_back = (numbers < integers[:, Integer.HELD_BACK_UNTIL]) & (integers[:, Integer.NUM_HELD_BACK] > 0)
     causes = integers[:, [Integer.HAS_PENALTIES, Integer.NUM_BIASES, Integer.NUM_BANS]]
     changed = (causes.any(dim=-1) | held_back).nonzero().squeeze(-1)

@@ -22,17 +22,13 @@ def write_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_
     WRITE_KV(key, value, k_cache, v_cache, slot_mapping)
 
 
-def store_rows(rows: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
-    """The reference's way of one tensor [T, Hkv, D] into one cache."""
-    if (slot_mapping < 0).any():
+def store_rows(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """The reference, of this op and of others that store."""
+    if slot_mapping.numel() and int(slot_mapping.min()) < 0:
         is_stored = slot_mapping >= 0
-        rows, slot_mapping = rows[is_stored], slot_mapping[is_stored]
-    cache.view(-1, *cache.shape[2:]).index_copy_(0, slot_mapping, rows.to(cache.dtype))
-
-
-def _cpu(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    store_rows(key, k_cache, slot_mapping)
-    store_rows(value, v_cache, slot_mapping)
+        key, value, slot_mapping = key[is_stored], value[is_stored], slot_mapping[is_stored]
+    for rows, cache in ((key, k_cache), (value, v_cache)):
+        cache.flatten(0, 1).index_copy_(0, slot_mapping, rows.to(cache.dtype))
 
 
 def _cuda(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -52,7 +48,7 @@ def _fake(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_map
 
 WRITE_KV: Final = define_op(
     "write_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()",
-    cpu=_cpu,
+    cpu=store_rows,
     fake=_fake,
     cuda=_cuda,
 )

@@ -89,14 +89,17 @@ def paged_attention(
 ) -> Tensor:
     """`query` [T, Hq, D], contiguous, of the batch's tokens, whose keys and values are in the cache -> [T, Hq, D]."""
     out = torch.empty_like(query)
-    device, count = query.device.type, batch.num_decodes
+    device, count, num_requests = query.device.type, batch.num_decodes, batch.seq_lens.shape[0]
     caches = (cache.keys, cache.values)
     if count:
+        decodes = (query, batch.block_tables, batch.seq_lens, out)
+        if count < num_requests:
+            decodes = (query[:count], batch.block_tables[:count], batch.seq_lens[:count], out[:count])
+        queries, tables, lengths, results = decodes
         PAGED_DECODE_ATTENTION.direct(device)(
-            query[:count], *caches, batch.block_tables[:count], batch.seq_lens[:count], scale, sliding_window, softcap,
-            out[:count],
+            queries, *caches, tables, lengths, scale, sliding_window, softcap, results
         )  # fmt: skip
-    if count < len(batch.seq_lens):
+    if count < num_requests:
         PAGED_PREFILL_ATTENTION.direct(device)(
             query, *caches, batch.block_tables[count:], batch.cu_seqlens[count:], batch.seq_lens[count:],
             batch.max_query_len, scale, sliding_window, softcap, out, batch.visible_ends,

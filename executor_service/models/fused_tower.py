@@ -17,6 +17,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from executor_service.kernels.layer_norm import ADD_LAYER_NORM, LAYER_NORM
+from executor_service.layers.linear import Linear
 from executor_service.models.fused import pack_linears
 
 LAYERS: Final = (CLIPEncoderLayer, SiglipEncoderLayer)
@@ -53,8 +54,9 @@ class _TowerLayer:
         attention, mlp = layer.self_attn, layer.mlp
         self._norms = [(norm.weight, norm.bias, norm.eps) for norm in (layer.layer_norm1, layer.layer_norm2)]
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self._qkv, *_ = pack_linears(projections, (attention.out_proj,), (mlp.fc1,), (mlp.fc2,))
-        self._out, self._mlp = attention.out_proj, mlp
+        packed = pack_linears(projections, (attention.out_proj,), (mlp.fc1,), (mlp.fc2,))
+        self._qkv, self._out, self._up, self._down = (Linear(*weights) for weights in packed)
+        self._activation = mlp.activation_fn
         self._head_dim, self._scale = attention.head_dim, attention.scale
         device = layer.layer_norm1.weight.device.type
         self._layer_norm, self._add_layer_norm = LAYER_NORM.direct(device), ADD_LAYER_NORM.direct(device)
@@ -65,12 +67,12 @@ class _TowerLayer:
             raise ValueError("a vision tower's tokens all see each other: its layers take no mask")
         before_attention, before_mlp = self._norms
         attended = self._attend(self._layer_norm(hidden_states, *before_attention))
-        total, normal = self._add_layer_norm(self._out(attended), hidden_states, *before_mlp)
+        total, normal = self._add_layer_norm(self._out.product(attended), hidden_states, *before_mlp)
         result = hidden_states if self._overwrites else total
-        return torch.add(total, self._mlp(normal), out=result)
+        return torch.add(total, self._down.product(self._activation(self._up.product(normal))), out=result)
 
     def _attend(self, x: Tensor) -> Tensor:
-        heads = F.linear(x, *self._qkv).unflatten(-1, (3, -1, self._head_dim))
+        heads = self._qkv.product(x).unflatten(-1, (3, -1, self._head_dim))
         query, key, value = heads.transpose(1, 3).unbind(2)
         attended = F.scaled_dot_product_attention(query, key, value, scale=self._scale)
         return attended.transpose(1, 2).flatten(2)

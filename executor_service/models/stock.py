@@ -30,6 +30,7 @@ class StockModel(nn.Module):
         towers = dict.fromkeys(self.hf.config.sub_configs, "sdpa")
         self.hf.set_attn_implementation({**towers, "text_config": IMPLEMENTATION})
         self.fused_decoder: FusedDecoder | None = None
+        self._fused_head: Linear | None = None
         self.softcap = getattr(ctx.text_config, "final_logit_softcapping", None)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -59,8 +60,8 @@ class StockModel(nn.Module):
 
     def compute_logits(self, rows: Tensor) -> Tensor:
         """[R, hidden] -> [R, vocabulary]."""
-        head = self.hf.lm_head
-        logits: Tensor = head(rows) if self.fused_decoder is None else Linear(head.weight, head.bias)(rows)
+        head = self.hf.lm_head if self.fused_decoder is None or self._fused_head is None else self._fused_head
+        logits: Tensor = head(rows)
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
@@ -68,6 +69,7 @@ class StockModel(nn.Module):
     def fuse_decoder(self) -> bool:
         """From now on run the decoder's fused twin, if it has one; once, after the weights are loaded."""
         self.fused_decoder = FusedDecoder.of(self.hf.model.language_model)
+        self._fused_head = Linear(self.hf.lm_head.weight, self.hf.lm_head.bias)
         return self.fused_decoder is not None
 
     def initialize_buffers(self) -> None:

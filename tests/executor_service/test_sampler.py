@@ -72,6 +72,13 @@ def test_greedy_is_the_argmax() -> None:
     assert sample(rows, [params(temperature=0.0)] * 7, [1] * 7).token_ids == rows.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_of_equal_logits_the_first_is_greedy(dtype: torch.dtype) -> None:
+    rows = torch.zeros(3, VOCABULARY, dtype=dtype)
+    rows[0, [7, 9, 49]] = rows[1, [0, 49]] = 1.0
+    assert sample(rows, [params(temperature=0.0)] * 3, [1] * 3).token_ids == [7, 0, 0]
+
+
 # --- everything at once -----------------------------------------------------------------------------
 
 PROMPT, OUTPUT = [1, 7, 7, 9, 30, 31], [5, 9, 5, 12, 40]
