@@ -6,14 +6,16 @@ import argparse
 import sys
 from functools import partial
 
-from diptych.cli.services import run_with_settings
-from diptych.service.settings import add_arguments
-from executor_service.settings import ExecutorSettings
+from diptych.cli.main import set_grpc_defaults
 
 
 def main(argv: list[str]) -> int:
     """Serve until stopped."""
+    set_grpc_defaults()
+    from diptych.cli.services import run_with_settings
+    from diptych.service.settings import add_arguments
     from executor_service.server import ExecutorServer
+    from executor_service.settings import ExecutorSettings
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stand_in_executor", description=__doc__)
     add_arguments(parser, ExecutorSettings)

@@ -10,18 +10,31 @@ import os
 import sys
 
 EXIT_INTERRUPTED = 130
+GRPC_DEFAULTS = {
+    # It notes every connection that a server ends.
+    "GRPC_VERBOSITY": "ERROR",
+    # Whoever waits for a call's events waits for its sockets too, as in grpcio 1.76. Where an engine of threads of its
+    # own does, as in 1.85, a message wakes three more of them on its way.
+    "GRPC_EXPERIMENTS": "-event_engine_client,-event_engine_listener",
+}
+"""What is read when grpc is imported, unless somebody has set it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
     try:
-        # grpc notes every connection that a server ends; read when it is imported.
-        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+        set_grpc_defaults()
         from diptych.cli.commands import run
 
         return run(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def set_grpc_defaults() -> None:
+    """To be called before grpc is imported."""
+    for name, value in GRPC_DEFAULTS.items():
+        os.environ.setdefault(name, value)
 
 
 if __name__ == "__main__":

@@ -64,10 +64,11 @@ def check_sampling(
     `vocab_size`: where it is known, token ids must be below it, and `eos_token_ids`, bad words and stop tokens may not
     rule out every one of them.
     """
-    for field, _ in params.ListFields():
-        if field.name in _RANGES:
-            _check_range(field.name, getattr(params, field.name), _RANGES[field.name], stage)
-    if params.HasField("max_tokens") and params.min_tokens > params.max_tokens:
+    given = {field.name: value for field, value in params.ListFields()}
+    for name, value in given.items():
+        if (allowed := _RANGES.get(name)) is not None:
+            _check_range(name, value, allowed, stage)
+    if "max_tokens" in given and params.min_tokens > params.max_tokens:
         raise InvalidInputError(
             f"sampling.min_tokens is {params.min_tokens}; it must be at most max_tokens, which is {params.max_tokens}",
             stage=stage,
@@ -75,11 +76,14 @@ def check_sampling(
             actual=params.min_tokens,
             field="min_tokens",
         )
-    _check_count("stop_token_ids", len(params.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids", stage)
-    _check_ids("stop_token_ids", params.stop_token_ids, vocab_size, stage)
-    _check_logit_bias(params, vocab_size, stage)
-    _check_bad_words(params, vocab_size, stage)
-    if vocab_size is not None:
+    if "stop_token_ids" in given:
+        _check_count("stop_token_ids", len(params.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids", stage)
+        _check_ids("stop_token_ids", params.stop_token_ids, vocab_size, stage)
+    if "logit_bias" in given:
+        _check_logit_bias(params, vocab_size, stage)
+    if "bad_words" in given:
+        _check_bad_words(params, vocab_size, stage)
+    if vocab_size is not None and ("bad_words" in given or "min_tokens" in given):
         _check_choice(params, vocab_size, eos_token_ids, stage)
 
 
