@@ -20,7 +20,8 @@ from torch import Tensor
 from benchmarks.gpu.timing import PASSES, Ceilings, measure_ceilings, rotating_copies, seconds_each
 from benchmarks.results import make_parser, spread, write_result
 from executor_service.kernels.silu_mul import SILU_MUL
-from executor_service.kernels.small_linear import MAX_ROWS, SMALL_LINEAR, SMALL_LINEAR_SILU_MUL
+from executor_service.kernels.small_linear import SMALL_LINEAR, SMALL_LINEAR_SILU_MUL
+from executor_service.kernels.small_linear_tiles import MOST_ROWS
 
 DTYPE = torch.bfloat16
 LAYERS = 32
@@ -28,7 +29,8 @@ WIDTH = 4096
 GEOMETRIES = {"llama-7b": (3 * WIDTH, 11008), "mistral-7b": (WIDTH + 2 * 1024, 14336)}
 """Rows of the qkv matrix, and the MLP's inner width."""
 VOCABULARY = 32064
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128)
+MATRIX_ROWS = (1, 8, 16, 64, 96, 128)
 REPLAYS = 5
 
 Layer = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -63,7 +65,7 @@ def measure_chains(name: str, num_layers: int, all_rows: Sequence[int], ceilings
     for rows in all_rows:
         x = normal(rows, WIDTH)
         arms = {"cublas": cublas_chain, "cublas without silu": cublas_products}
-        if rows <= MAX_ROWS:
+        if rows <= MOST_ROWS:
             arms = {"small_linear": our_chain, **arms}
         times = interleaved([partial(arm, layers, x) for arm in arms.values()])
         result[f"{rows} rows"] = {
@@ -78,7 +80,7 @@ def measure_matrix(features: int, width: int, ceilings: Ceilings) -> dict[str, o
     num_bytes = features * width * DTYPE.itemsize
     weights = [one for (one,) in rotating_copies(lambda: (make_weight(features, width),), num_bytes)]
     result: dict[str, object] = {}
-    for rows in (1, 8, 16):
+    for rows in MATRIX_ROWS:
         x = normal(rows, width)
         for arm, product in (("small_linear", our_product), ("cublas", F.linear)):
             seconds = seconds_each([partial(product, x, weight) for weight in weights])

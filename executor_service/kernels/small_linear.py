@@ -19,12 +19,24 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from executor_service.kernels import small_linear_tiles
-from executor_service.kernels.cuda.module import INT, POINTER, dtype_name, is_wide, kernel, num_multiprocessors
+from executor_service.kernels.cuda.module import (
+    INT,
+    POINTER,
+    dtype_name,
+    is_wide,
+    kernel,
+    memory_rate,
+    num_multiprocessors,
+)
 from executor_service.kernels.library import define_op
 from executor_service.kernels.small_linear_tiles import Shape
 
-MAX_ROWS: Final = small_linear_tiles.MOST_ROWS
-"""Up to where it is ahead of cuBLAS (docs/notes/small_linear.md)."""
+MAX_ROWS: Final = {0.0: small_linear_tiles.MOST_ROWS, 4e12: 64}
+"""Up to where it is ahead of cuBLAS, by the rate of the GPU's memory (docs/notes/small_linear.md).
+
+Memory that is faster for as many multiprocessors leaves them less time for each weight: on an H200 many rows take
+longer than their weights.
+"""
 _FEW_ROWS: Final = 16
 """That x stays in registers for."""
 _FEWEST_ROWS: Final = 4
@@ -63,13 +75,22 @@ def small_linear_silu_mul(x: Tensor, gate_up: Tensor) -> Tensor:
 
 def takes(rows: int, weight: Tensor) -> bool:
     """Whether the product of so many rows of x with this weight is faster here than in cuBLAS."""
-    if rows > MAX_ROWS or weight.numel() < _MIN_ELEMENTS or not weight.is_cuda or not weight.is_contiguous():
+    if weight.numel() < _MIN_ELEMENTS or not weight.is_cuda or not weight.is_contiguous():
+        return False
+    if rows > max_rows(weight.device.index):
         return False
     if _streams(rows, weight):
         return True
     # Gated or not: of the two, the gated product asks for more.
     shape = Shape("gated", rows, weight.shape[0] // 2, weight.shape[1], weight.dtype, weight.device.index)
     return small_linear_tiles.takes(shape) and weight.shape[0] % 2 == 0 and weight.data_ptr() % 16 == 0
+
+
+@cache
+def max_rows(device: int) -> int:
+    """That `takes` takes on this GPU, if anything."""
+    rate = memory_rate(device)
+    return next(rows for least, rows in sorted(MAX_ROWS.items(), reverse=True) if rate >= least)
 
 
 def _streams(rows: int, weight: Tensor) -> bool:

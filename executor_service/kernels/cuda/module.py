@@ -132,6 +132,26 @@ def num_multiprocessors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@cache
+def memory_rate(device: int) -> float:
+    """Bytes per second that the clock and the bus of a device's memory allow, two transfers a clock."""
+    from cuda.bindings import driver
+
+    kilohertz = _attribute(driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE, device)
+    bits = _attribute(driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH, device)
+    return 2 * 1000 * kilohertz * bits / 8
+
+
+def _attribute(attribute: Any, device: int) -> int:
+    from cuda.bindings import driver
+
+    torch.cuda.init()
+    status, value = driver.cuDeviceGetAttribute(attribute, device)
+    if status.value:
+        raise RuntimeError(f"{attribute.name} of GPU {device} is not known: {status.name}")
+    return int(value)
+
+
 def load_all(report: Callable[[int, int], None]) -> str:
     """Load every kernel onto the current device, telling `report` (done, all); says where their code came from.
 

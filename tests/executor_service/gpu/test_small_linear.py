@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from executor_service.kernels.silu_mul import silu_mul
-from executor_service.kernels.small_linear import MAX_ROWS, small_linear, small_linear_silu_mul, takes
+from executor_service.kernels.small_linear import max_rows, small_linear, small_linear_silu_mul, takes
 from executor_service.kernels.small_linear_tiles import MOST_ROWS
 from tests.executor_service.gpu.tensors import DTYPES, ERRORS, SEEDS, close, poison, random
 
@@ -68,7 +68,7 @@ def test_large(shape: tuple[int, int], dtype: torch.dtype) -> None:
     expected = (everything.float() @ weight.float().T).double()
     torch.cuda.synchronize()
     for rows in (1, 2, 7, 8, 9, 16, 17, 24, 32, 33, 64, 65, 96, 97, MOST_ROWS):
-        assert takes(rows, weight) == (rows <= MAX_ROWS)
+        assert takes(rows, weight) == (rows <= max_rows(0))
         poison()
         close(small_linear(everything[:rows], weight, None, residual[:rows]), expected[:rows] + residual[:rows])
 
