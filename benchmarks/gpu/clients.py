@@ -23,7 +23,8 @@ from diptych.service.lifecycle import CHANNEL_OPTIONS
 from diptych.v1 import preprocess_pb2, preprocess_pb2_grpc, tensor_pb2
 
 _PLANNERS: dict[Path, Any] = {}
-FIRST_WORD, LAST_WORD = 3, 400
+FIRST_WORD, LAST_WORD = 40, 300
+"""No number begins with a 3: `w3` is the tokenizer's unknown token, which splits every word that begins with it."""
 READY_SECONDS = 120.0
 
 

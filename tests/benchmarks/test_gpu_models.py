@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from benchmarks.gpu.clients import words
 from benchmarks.gpu.floors import ModelWork, Rates
 from benchmarks.gpu.load import SIDES, max_model_len
 from benchmarks.gpu.models import GEOMETRIES, is_whole, weight_shapes, write_checkpoint
@@ -51,6 +53,13 @@ def test_a_checkpoint_is_whole_with_an_index_of_its_names(checkpoint: Path, tmp_
     index["weight_map"] = {"lm_head.weight": "model-00001-of-00001.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
     assert not is_whole(tmp_path)
+
+
+def test_a_served_prompt_is_as_long_as_one_in_process(driver: Driver) -> None:
+    """So that both arms of a comparison do the same work."""
+    tokenizer, generator = driver.family.ctx.tokenizer, np.random.default_rng(1)
+    for _ in range(20):
+        assert len(tokenizer(words(generator, 64))["input_ids"]) == 64
 
 
 def test_tokens_are_transformers_own(checkpoint: Path, geometry: str, driver: Driver) -> None:
