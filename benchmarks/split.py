@@ -5,7 +5,8 @@ generated stub, once in this process, which reads the checkpoint, plans, decodes
 calls `Engine.step` itself. So only gRPC, the front, its digests and the pipe differ. One output token.
 
 The preprocess service has half of the cores to itself, everything else the other half, the direct arm too. Left alone,
-a kernel may run threads that sleep often on one core, and so both services, however idle the others are.
+a kernel may run threads that sleep often on one core, and so both services, however idle the others are. With
+`--real-time` nothing is kept apart, and the scheduler gives every thread that wakes up an idle core.
 
 The model's work is fifty times the difference and varies by as much, so the same is measured without a model too: the
 services with a stand-in engine, against plan, decode and map. There the caches of the processor are warm.
@@ -13,6 +14,7 @@ services with a stand-in engine, against plan, decode and map. There the caches 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import os
@@ -55,15 +57,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=DEMO_MODEL, help="checkpoint directory")
     parser.add_argument("--pairs", type=int, default=300, help="interleaved pairs (default 300)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of every arm (default 1)")
+    parser.add_argument("--real-time", action="store_true", help="real-time priority on all cores (needs privileges)")
     options = parser.parse_args(argv)
+    if options.real_time:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))  # which threads and processes inherit
     use_threads(options.threads)
     if options.quick:
         options.pairs = 3
     load_before = os.getloadavg()[0]
-    with two_services(EXECUTOR, options.model) as service:
+    with two_services(EXECUTOR, options) as service:
         figures = report("demo model", measure(Direct(options.model), service.address, options.pairs))
     os.environ[QUIET_VARIABLE] = "0"
-    with two_services(STAND_IN_EXECUTOR, options.model) as service:
+    with two_services(STAND_IN_EXECUTOR, options) as service:
         pairs = measure(WithoutModel(options.model), service.address, options.pairs)
         figures["without_a_model"] = report("no model", pairs)
     if not options.quick:
@@ -73,17 +78,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def two_services(executor_module: tuple[str, ...], model: Path) -> Iterator[Service]:
+def two_services(executor_module: tuple[str, ...], options: argparse.Namespace) -> Iterator[Service]:
     """The preprocess service in front of an executor; what runs in the block has the executor's cores."""
     cores = sorted(os.sched_getaffinity(0))
-    half = len(cores) // 2
-    flags = ("--model", str(model))
+    half = 0 if options.real_time else len(cores) // 2
+    ours, preprocess = cores[half:], cores[:half] or cores
+    flags = ("--model", str(options.model))
     try:
-        os.sched_setaffinity(0, cores[half:])
+        os.sched_setaffinity(0, ours)
         with started(executor_module, *flags) as executor:
-            os.sched_setaffinity(0, cores[:half] or cores)  # which a process that is started inherits
+            os.sched_setaffinity(0, preprocess)  # which a process that is started inherits
             with started(PREPROCESS, *flags, "--executor", executor.address) as service:
-                os.sched_setaffinity(0, cores[half:])
+                os.sched_setaffinity(0, ours)
                 yield service
     finally:
         os.sched_setaffinity(0, cores)

@@ -56,9 +56,14 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation."""
+    """A conversation, and its media items in order, which are often asked for."""
 
     messages: tuple[ChatMessage, ...]
+    media: tuple[Media, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Collects the items."""
+        object.__setattr__(self, "media", tuple(item for message in self.messages for item in message.media))
 
     @property
     def texts(self) -> Iterator[str]:
@@ -66,11 +71,6 @@ class Chat:
         for message in self.messages:
             yield message.role
             yield from (part for part in message.parts if isinstance(part, str))
-
-    @property
-    def media(self) -> tuple[Media, ...]:
-        """The conversation's media items in order."""
-        return tuple(item for message in self.messages for item in message.media)
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ class InputContext:
         """Configuration of the language model."""
         return self.model_config.get_text_config()
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """Rows of the token embedding; token ids are below it."""
         return int(self.text_config.vocab_size)
@@ -100,7 +100,7 @@ class InputContext:
         value: ValueT = self._remembered[make]
         return value
 
-    @property
+    @cached_property
     def sampling_rate(self) -> int:
         """Samples per second of the audio the checkpoint takes, in Hz."""
         nested = self.processor_config.get("feature_extractor")
