@@ -19,7 +19,7 @@ from benchmarks.gpu.load import BATCHES, MAX_NUM_SEQS, max_model_len
 from benchmarks.gpu.session import Sheet, exit_when_told, run_module, sheets
 from benchmarks.results import make_parser, write_result
 
-PARTS: Final = ("first_token", "decode", "prefill", "steady", "mixed", "worst")
+PARTS: Final = ("first_token", "decode", "prefill", "steps", "steady", "mixed", "worst")
 GEOMETRIES: Final = ("llava-1.5-7b", "llava-next-mistral-7b")
 WORST_UTILIZATION: Final = 0.92
 LIMITS: Final = {"rates": 120, "main": 300, "worst": 120}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +13,7 @@ from benchmarks.gpu.floors import ModelWork, Rates
 from benchmarks.gpu.load import MIXED, OUTPUT_TOKENS, PREFILLS, SIDES, TEXT_TOKENS, milliseconds
 from benchmarks.gpu.session import Sheet
 from benchmarks.gpu.steady import profiled, show_kernels, steady_decode
+from benchmarks.gpu.step_times import StepTimes, summary
 from benchmarks.gpu.workload import Driver, Trace
 from executor_service.engine.messages import BootProgress
 from registry import MediaInfo
@@ -40,6 +41,7 @@ class EngineParts:
             "first_token": {"first_token": self._first_token},
             "decode": {f"decode_{batch}": partial(self._decode, batch) for batch in self._options.batches},
             "prefill": {"prefill": self._prefill},
+            "steps": {f"steps_{batch}": partial(self._steps, batch) for batch in self._steady_batches()},
             "steady": {f"steady_{batch}": partial(self._steady, batch) for batch in self._steady_batches()},
             "mixed": {"mixed": self._mixed},
         }
@@ -157,6 +159,19 @@ class EngineParts:
         )  # fmt: skip
         show_kernels(profile)
         return profile
+
+    def _steps(self, batch: int) -> dict[str, Any]:
+        """What the steps of an end-to-end run computed, and how long each took; on a GPU."""
+        if not self._driver.is_cuda:
+            return {}
+        requests = self._driver.requests(self._count(batch), self._side, self._tokens(), seed=batch)
+        with StepTimes(self._driver.engine.runner) as times:
+            seconds = self._driver.drive(requests).seconds
+        sums = summary(times.steps)
+        for kind, one in sums.items():
+            told = ", ".join(f"{key} {value:.0f}" for key, value in one.items())
+            print(f"steps of {batch}, {kind}: {told}", flush=True)
+        return {"batch": batch, "seconds": seconds, **sums, "each": [astuple(step) for step in times.steps]}
 
     def _steady_batches(self) -> list[int]:
         if self._options.quick:

@@ -1,6 +1,8 @@
 """A vision tower over a few tiles as CUDA graphs: alone, it is hundreds of launches for a millisecond of work.
 
-Only what is captured while `capturing` replays afterwards; everything else goes through the tower as it is.
+Only what is captured while `capturing` replays afterwards; everything else goes through the tower as it is, but without
+cuDNN's attention. That is the fastest on Hopper, by 6 % of the tower's time, and makes a plan for every number of tiles
+that it has not seen: 40 ms of the host, in which the GPU has nothing to do.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from executor_service.layers.patches import PatchProduct
 
 MAX_TILES: Final = 8
 """With more, the GPU is longer at it than the host."""
+_WITHOUT_PLANS: Final = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,13 @@ class TowerGraphs:
 
     def __call__(self, pixel_values: Tensor, **options: Any) -> Any:
         """What the tower returns; valid until the next call where it came from a graph."""
-        if not self._product.holds(pixel_values) or not pixel_values.is_cuda or len(pixel_values) > MAX_TILES:
+        if not self._product.holds(pixel_values) or not pixel_values.is_cuda:
             return self._forward(pixel_values, **options)
         key = f"{tuple(pixel_values.shape)} {sorted(options.items())}"
         if key not in self._graphs:
-            if not self._captures:
-                return self._forward(pixel_values, **options)
+            if not self._captures or len(pixel_values) > MAX_TILES:
+                with sdpa_kernel(_WITHOUT_PLANS):
+                    return self._forward(pixel_values, **options)
             self._graphs[key] = self._capture(pixel_values, options)
         found, rows = self._graphs[key], self._product.take_rows()
         found.rows.copy_(rows)
