@@ -7,8 +7,8 @@
 // are.
 //
 // Units are numbered pass by pass, then along the tokens, then request by request: those that are worked on at the same
-// time read the same tokens' rows of all heads, whole pieces of memory. Towards the last requests units become smaller,
-// so that all blocks of threads end at about the same time.
+// time read the same tokens' rows of all heads, whole pieces of memory. Where there are many, they become smaller towards
+// the last requests, so that all blocks of threads end at about the same time.
 #pragma once
 
 #include "numbers.cuh"
@@ -19,7 +19,9 @@ namespace {
 constexpr int kHeads = 8;       // query heads of one pass: the width of a matrix product
 constexpr int kMostTiles = 32;  // of a unit: each lane of a warp looks up one
 constexpr int kLevels = 3;      // of a tree
+constexpr int kEven = 4;        // a bit beside the level
 constexpr int kManyHeads = 4;   // of a pass, whose partial results take a while to add up
+constexpr int kManyUnits = 4;   // of a block of threads: of fewer, smaller ones cost more than they even out
 
 // Units become larger than a chunk, twice as large with every level, only if every block of threads still gets so many
 // of them: so many halves. As measured (docs/notes/paged_decode_attention.md).
@@ -72,15 +74,14 @@ __device__ __forceinline__ int sum_up_to(int value, int lane) {
 // A warp's way from a unit's number to the unit. A lane knows how many units come before its `each` requests.
 template <typename T, int kTile> struct Units {
     const Inputs<T>& in;
-    int lane, each, level, before, total, first_length;
+    int lane, each, level, before, total, first_length;  // with kEven in `level`, if all units are of that level
 
     __device__ __forceinline__ Units(const Inputs<T>& inputs, int of_lane, int num_blocks)
         : in(inputs), lane(of_lane), each((in.batch + 31) / 32), level(0) {
         int counts[kLevels + 1] = {};  // of this lane's units, by how coarse they are
 #pragma unroll 4
         for (int i = 0; i < each; ++i) {
-            const int request = lane * each + i;
-            const int length = request < in.batch ? load_past_l1(in.lengths + request) : 0;
+            const int request = lane * each + i, length = length_of(request, in.batch);
             if (i == 0) first_length = length;
 #pragma unroll
             for (int l = 0; l <= kLevels; ++l) counts[l] += in.passes * span_of(length, level_of(request, l)).units;
@@ -95,12 +96,31 @@ template <typename T, int kTile> struct Units {
             if (2 * fewer < least_halves(l, in.group) * num_blocks) continue;
             before = up_to - counts[l], total = fewer, level = l;
         }
+        if (level > 0 && total < kManyUnits * num_blocks) even_out();
+    }
+
+    // All units of the level, and counted anew.
+    __device__ __forceinline__ void even_out() {
+        level |= kEven;
+        int count = 0;
+#pragma unroll 1
+        for (int i = 0; i < each; ++i) {
+            const int request = lane * each + i;
+            count += in.passes * span_of(length_of(request, in.batch), level_of(request, level)).units;
+        }
+        const int up_to = sum_up_to(count, lane);
+        before = up_to - count;
+        total = __shfl_sync(kAllLanes, up_to, 31);
+    }
+
+    __device__ __forceinline__ int length_of(int request, int end) const {
+        return request < end ? load_past_l1(in.lengths + request) : 0;
     }
 
     // Of most requests `of_most`, less one for the last quarter or eighth, and one more wherever half as many are left.
     __device__ __forceinline__ int level_of(int request, int of_most) const {
         const int halvings = __clz(4 * (in.batch - request)) - __clz(in.batch);
-        return max(0, of_most - max(0, halvings));
+        return of_most & kEven ? of_most - kEven : max(0, of_most - max(0, halvings));
     }
 
     __device__ __forceinline__ Span span_of(int length, int of_level) const {
@@ -148,7 +168,7 @@ template <typename T, int kTile> struct Units {
         const int end = min(request + each, in.batch);
 #pragma unroll 1
         for (;; request += 32) {
-            const int length = request + lane < end ? load_past_l1(in.lengths + request + lane) : 0;
+            const int length = length_of(request + lane, end);
             const int mine = in.passes * span_of(length, level_of(request + lane, level)).units;
             const int up_to = base + sum_up_to(mine, lane);
             const unsigned beyond = __ballot_sync(kAllLanes, up_to > id);
