@@ -120,14 +120,29 @@ class ModelRunner:
         """Logits of the rows that need a token, and what the chunks say of prompts that are scored."""
         host = lay_out(batch, self.limits.block_size)
         features, places = _features(batch, host.cu_seqlens)
-        inputs, (sampling, feature_places) = self._stage.upload(host, np.flatnonzero(needs_token), places)
-        if not any(one.request.scores_prompt for one in batch):
-            hidden = self._last_hidden(inputs, features, feature_places, sampling)
-            return self.model.compute_logits(hidden), PendingPromptLogprobs()
-        hidden = self._hidden(inputs, features, feature_places)
-        ends = host.cu_seqlens[1:].astype(np.int64)
-        scores = prompt_logprobs(batch, hidden, ends, self.model.compute_logits)
-        return self.model.compute_logits(hidden[inputs.metadata.last_rows(sampling)]), scores
+        sampling = np.flatnonzero(needs_token)
+        padded = self._padded(sampling, len(host.token_ids))
+        inputs, (requests, feature_places) = self._stage.upload(host, padded, places)
+        scores = PendingPromptLogprobs()
+        if any(one.request.scores_prompt for one in batch):
+            hidden = self._hidden(inputs, features, feature_places)
+            ends = host.cu_seqlens[1:].astype(np.int64)
+            scores = prompt_logprobs(batch, hidden, ends, self.model.compute_logits)
+            hidden = hidden[inputs.metadata.last_rows(requests)]
+        else:
+            hidden = self._last_hidden(inputs, features, feature_places, requests)
+        return self.model.compute_logits(hidden)[: len(sampling)], scores
+
+    def _padded(self, requests: np.ndarray, num_tokens: int) -> np.ndarray:
+        """As many as a graph is for, the last one repeated.
+
+        Libraries have seen products of so many rows when it was captured. At the first of any other number they make
+        everybody wait for the device.
+        """
+        size = self.graphs.size_for(len(requests)) if self.graphs is not None and len(requests) else None
+        if size is None or size > num_tokens:
+            return requests
+        return np.pad(requests, (0, size - len(requests)), mode="edge")
 
     def _last_hidden(
         self, inputs: StepInputs, features: list[Tensor], feature_places: Tensor | None, requests: Tensor

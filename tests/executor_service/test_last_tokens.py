@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -89,6 +91,34 @@ def test_the_last_layer_has_a_row_per_sampled_token(checkpoint: Path, reference:
     assert last == [len(report.token_ids) for report in reports]
     assert sum(first) == sum(request.num_computed_tokens for request in requests) > 2 * sum(last)
     assert (0 in last) == (budget == 7)
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_rows_are_padded_to_what_graphs_are_for(
+    checkpoint: Path, reference: Any, monkeypatch: pytest.MonkeyPatch, scores: bool
+) -> None:
+    """Rows of nothing change no token, and there is one for every row that was sampled."""
+    bench = Bench(checkpoint, boot_engine(checkpoint, decoder="fused"), reference)
+    runner = bench.engine.runner
+    real, sizes = runner._padded, []
+
+    def padded(requests: np.ndarray, num_tokens: int) -> np.ndarray:
+        runner.graphs = SimpleNamespace(size_for=lambda count: next(size for size in (1, 2, 8) if size >= count))
+        result = real(requests, num_tokens)
+        runner.graphs = None  # there are none on a CPU
+        sizes.append((len(requests), len(result), num_tokens))
+        assert result.tolist() == [*requests, *[requests[-1]] * (len(result) - len(requests))]
+        return result
+
+    monkeypatch.setattr(runner, "_padded", padded)
+    requests = mixed_requests(bench, 5)
+    scored = [bench.request(9, "Say it", [], prompt_logprobs=1)] if scores else []
+    tokens = tokens_of(bench.reports([*requests, *scored]))
+    for request in (*requests, *scored):
+        assert tokens[request.request_id] == bench.expected(request)
+    count = 5 + scores
+    assert sizes[0][:2] == (count, 8)
+    assert (count, count, count) in sizes, "a step that only decodes has no more rows than tokens"
 
 
 def test_prompts_that_are_scored_need_all_rows(checkpoint: Path, reference: Any) -> None:
