@@ -180,7 +180,7 @@ class Direct(WithoutModel):
         self._engine.add(self._request(plan, tensors))
         token_ids: list[int] = []
         while self._engine.has_work:
-            token_ids += self._engine.step().token_ids
+            token_ids += self._engine.step().tokens.token_ids
         assert len(token_ids) == 1
         return token_ids
 

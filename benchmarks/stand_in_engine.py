@@ -22,7 +22,9 @@ from executor_service.engine.messages import (
     Load,
     MemoryLedger,
     Shutdown,
+    StepEnd,
     StepReport,
+    StepTokens,
     Submit,
     ToEngine,
 )
@@ -87,7 +89,8 @@ class StandInEngine:
                 del self._left[number]
                 ended.append(Finished(number, FinishReason.LENGTH))
         token_ids = [4 + self._num_steps % 250] * len(numbers)
-        return StepReport(numbers, token_ids, [], ended, Load(len(self._left), 0, 0, NUM_BLOCKS), Counters())
+        end = StepEnd(ended, Load(len(self._left), 0, 0, NUM_BLOCKS), Counters(), len(token_ids))
+        return StepReport(StepTokens(numbers, token_ids, []), end)
 
 
 def booted(config: EngineConfig) -> Booted:

@@ -71,12 +71,18 @@ def _not_distributed() -> Iterator[None]:
         vars(distributed)["is_available"] = is_available
 
 
+def compiled_file(package: str) -> Path | None:
+    """Where Python keeps a package's code, whether or not it has; None if nowhere."""
+    spec = importlib.util.find_spec(package)
+    return None if spec is None or spec.cached is None else Path(spec.cached)
+
+
 def compiled_anew(package: str) -> str:
     """What to say where Python has not kept an imported package's code; "" where it has."""
-    spec = sys.modules[package].__spec__
-    if spec is None or spec.cached is None or Path(spec.cached).is_file():
+    file = compiled_file(package)
+    if file is None or file.is_file():
         return ""
-    reason = "is told not to keep it" if sys.dont_write_bytecode else f"cannot keep it in {Path(spec.cached).parent}"
+    reason = "is told not to keep it" if sys.dont_write_bytecode else f"cannot keep it in {file.parent}"
     return f"Python compiles {package} at every boot: it {reason}"
 
 

@@ -113,8 +113,8 @@ def generate(driver: Driver, requests: list[Request]) -> list[tuple[Tensor, Tens
         driver.engine.add(request)
     while driver.engine.has_work:
         report = driver.engine.step()
-        for index, entry in report.logprobs:
-            entries[report.request_ids[index]].append(entry.top)
+        for index, entry in report.tokens.logprobs:
+            entries[report.tokens.request_ids[index]].append(entry.top)
     return [
         (
             torch.tensor([[token for token, _ in top] for top in entries[request.request_id]]),

@@ -10,7 +10,6 @@ they are.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import re
 import signal
@@ -27,6 +26,7 @@ from benchmarks.gpu.load import max_model_len
 from benchmarks.gpu.served import make_checkpoint
 from benchmarks.gpu.session import ROOT, exit_when_told
 from benchmarks.results import make_parser, write_result
+from executor_service.imports import compiled_file
 
 GEOMETRIES: Final = ("llava-1.5-7b", "llava-next-mistral-7b")
 TARGETS: Final = {"cold": 15.0, "warm": 8.0}
@@ -117,8 +117,8 @@ def environment(cache: Path) -> dict[str, str]:
 
 def is_compiled(package: str) -> bool:
     """Whether Python has kept the package's code; else every boot compiles its sources."""
-    spec = importlib.util.find_spec(package)
-    return spec is not None and spec.cached is not None and Path(spec.cached).is_file()
+    file = compiled_file(package)
+    return file is not None and file.is_file()
 
 
 def _collect(lines: Any, log: list[tuple[float, str]], began: float) -> None:

@@ -169,11 +169,11 @@ class Driver:
     def _step(self, trace: Trace, counts: dict[int, int]) -> None:
         report = self.engine.step()
         now = time.perf_counter()
-        for number in report.request_ids:
+        for number in report.tokens.request_ids:
             counts[number] = counts.get(number, 0) + 1
-        if report.request_ids:
-            fresh = {number: counts[number] for number in report.request_ids}
-            trace.steps.append(EngineStep(now, fresh, report.num_scheduled_tokens))
+        if report.tokens.request_ids:
+            fresh = {number: counts[number] for number in report.tokens.request_ids}
+            trace.steps.append(EngineStep(now, fresh, report.end.num_scheduled_tokens))
 
     def decoding(self, requests: Sequence[Request], limit: float = 120.0) -> Iterator[None]:
         """Submit, and run until every request has had two tokens; then one step per iteration until one ends.

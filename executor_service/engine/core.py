@@ -12,7 +12,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from executor_service.engine.item_encoder import ItemMismatchError
-from executor_service.engine.messages import Finished, FinishReason, Load, StepReport, TokenLogprobs
+from executor_service.engine.messages import (
+    Finished,
+    FinishReason,
+    Load,
+    StepEnd,
+    StepReport,
+    StepTokens,
+    TokenLogprobs,
+)
 from executor_service.engine.model_runner import ModelOutput, ModelRunner
 from executor_service.engine.request import Request
 from executor_service.engine.scheduler import ScheduledBatch, Scheduler
@@ -162,18 +170,22 @@ class Engine:
         refused, self._refused = self._refused, []
         if step is not None:
             ended = [*ended, *step.ended]
-        return StepReport(
+        given = StepTokens(
             request_ids=[request.request_id for request, _, _ in tokens],
             token_ids=[token_id for _, token_id, _ in tokens],
             logprobs=[(index, entry) for index, (_, _, entry) in enumerate(tokens) if entry is not None],
+            prompt_logprobs=[] if step is None else _prompt_logprobs(step),
+        )
+        end = StepEnd(
             finished=[*refused, *(_finished(request) for request in ended)],
             load=self.load,
             counters=replace(self.scheduler.counters),
-            prompt_logprobs=[] if step is None else _prompt_logprobs(step),
+            num_tokens=len(tokens),
             seconds=time.monotonic() - began,
             num_scheduled_requests=0 if step is None else len(step.batch.requests),
             num_scheduled_tokens=0 if step is None else step.batch.num_tokens,
         )
+        return StepReport(given, end)
 
 
 def _prompt_logprobs(step: Step) -> list[tuple[int, list[TokenLogprobs]]]:

@@ -299,6 +299,11 @@ class StepTokens:
     logprobs: list[tuple[int, TokenLogprobs]]
     prompt_logprobs: list[tuple[int, list[TokenLogprobs]]] = field(default_factory=list)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody waits for any of it."""
+        return not self.token_ids and not self.prompt_logprobs
+
 
 @dataclass(frozen=True)
 class StepEnd:
@@ -318,33 +323,10 @@ class StepEnd:
 
 @dataclass(frozen=True)
 class StepReport:
-    """All outputs of one step; see StepTokens and StepEnd, as which it is sent."""
+    """All that a step says; it is sent in these two parts."""
 
-    request_ids: list[int]
-    token_ids: list[int]
-    logprobs: list[tuple[int, TokenLogprobs]]
-    finished: list[Finished]
-    load: Load
-    counters: Counters
-    prompt_logprobs: list[tuple[int, list[TokenLogprobs]]] = field(default_factory=list)
-    seconds: float = 0.0
-    num_scheduled_requests: int = 0
-    num_scheduled_tokens: int = 0
-
-    @property
-    def tokens(self) -> StepTokens | None:
-        """None if nobody waits for any."""
-        if not self.token_ids and not self.prompt_logprobs:
-            return None
-        return StepTokens(self.request_ids, self.token_ids, self.logprobs, self.prompt_logprobs)
-
-    @property
-    def end(self) -> StepEnd:
-        """Everything but the tokens."""
-        return StepEnd(
-            self.finished, self.load, self.counters, len(self.token_ids), self.seconds, self.num_scheduled_requests,
-            self.num_scheduled_tokens,
-        )  # fmt: skip
+    tokens: StepTokens
+    end: StepEnd
 
 
 FromEngine = BootProgress | BootFailed | Booted | StepTokens | StepEnd | EngineFailed

@@ -15,6 +15,6 @@ def send(connection: Connection, message: FromEngine) -> None:
 
 def send_report(connection: Connection, report: StepReport) -> None:
     """The tokens first, for which somebody waits."""
-    if (tokens := report.tokens) is not None:
-        send(connection, tokens)
+    if not report.tokens.is_empty:
+        send(connection, report.tokens)
     send(connection, report.end)

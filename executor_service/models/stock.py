@@ -30,7 +30,6 @@ class StockModel(nn.Module):
         towers = dict.fromkeys(self.hf.config.sub_configs, "sdpa")
         self.hf.set_attn_implementation({**towers, "text_config": IMPLEMENTATION})
         self.fused_decoder: FusedDecoder | None = None
-        self._fused_head: Linear | None = None
         self.softcap = getattr(ctx.text_config, "final_logit_softcapping", None)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -60,7 +59,7 @@ class StockModel(nn.Module):
 
     def compute_logits(self, rows: Tensor) -> Tensor:
         """[R, hidden] -> [R, vocabulary]."""
-        head = self.hf.lm_head if self.fused_decoder is None or self._fused_head is None else self._fused_head
+        head = self.hf.lm_head if self.fused_decoder is None else self._fused_head
         logits: Tensor = head(rows)
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)

@@ -84,8 +84,8 @@ class Bench:
         """Log probabilities of every token by request."""
         said: dict[int, list[TokenLogprobs]] = {request.request_id: [] for request in requests}
         for report in self.reports(requests):
-            for index, entry in report.logprobs:
-                said[report.request_ids[index]].append(entry)
+            for index, entry in report.tokens.logprobs:
+                said[report.tokens.request_ids[index]].append(entry)
         return said
 
     def expected(self, request: Request) -> list[int]:
@@ -117,7 +117,7 @@ def tokens_of(reports: list[StepReport]) -> dict[int, list[int]]:
     """By request; of one without any, an empty list."""
     tokens: defaultdict[int, list[int]] = defaultdict(list)
     for report in reports:
-        for number, token in zip(report.request_ids, report.token_ids, strict=True):
+        for number, token in zip(report.tokens.request_ids, report.tokens.token_ids, strict=True):
             tokens[number].append(token)
     return tokens
 

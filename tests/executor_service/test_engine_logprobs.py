@@ -17,8 +17,8 @@ def test_logprobs_of_sampled_tokens_are_plain_log_softmax(
         1, "Say something", [], temperature=temperature, top_k=top_k, top_p=top_p, seed=7, logprobs=4, max_tokens=16
     )
     reports = bench.reports([request])
-    entries = [entry for report in reports for _, entry in report.logprobs]
-    tokens = [token for report in reports for token in report.token_ids]
+    entries = [entry for report in reports for _, entry in report.tokens.logprobs]
+    tokens = [token for report in reports for token in report.tokens.token_ids]
     assert [entry.token_id for entry in entries] == tokens
     with torch.inference_mode():
         logits = reference(input_ids=torch.from_numpy(request.token_ids.copy())[None]).logits[0].double()

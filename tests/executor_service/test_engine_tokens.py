@@ -89,7 +89,7 @@ def test_cancel_frees_every_block_before_the_next_step(bench: Bench) -> None:
     bench.engine.abort([request.request_id for request in requests])
     assert bench.engine.load.num_used_blocks == 0
     report = bench.engine.step()
-    assert sorted(finished.request_id for finished in report.finished) == sorted(r.request_id for r in requests)
+    assert sorted(finished.request_id for finished in report.end.finished) == sorted(r.request_id for r in requests)
 
 
 @pytest.mark.parametrize(

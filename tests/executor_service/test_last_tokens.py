@@ -88,7 +88,7 @@ def test_the_last_layer_has_a_row_per_sampled_token(checkpoint: Path, reference:
     for request in requests:
         assert tokens[request.request_id] == bench.expected(request)
     first, last = rows
-    assert last == [len(report.token_ids) for report in reports]
+    assert last == [len(report.tokens.token_ids) for report in reports]
     assert sum(first) == sum(request.num_computed_tokens for request in requests) > 2 * sum(last)
     assert (0 in last) == (budget == 7)
 

@@ -24,7 +24,7 @@ def behind(checkpoint, reference) -> Bench:
 def reasons_of(reports: list[StepReport]) -> dict[int, FinishReason]:
     reasons: dict[int, FinishReason] = {}
     for report in reports:
-        for finished in report.finished:
+        for finished in report.end.finished:
             assert finished.request_id not in reasons, "ended twice"
             reasons[finished.request_id] = finished.reason
     return reasons
@@ -59,8 +59,8 @@ def test_the_same_answers(ahead: Bench, behind: Bench) -> None:
 def test_a_report_is_the_step_before(ahead: Bench) -> None:
     """The first step says nothing; the tokens come one step later, and none too many."""
     reports = ahead.reports([ahead.request(0, "words", [], max_tokens=3)])
-    assert [report.token_ids == [] for report in reports] == [True, False, False, False]
-    assert [report.num_scheduled_tokens for report in reports[2:]] == [1, 1]
+    assert [report.tokens.token_ids == [] for report in reports] == [True, False, False, False]
+    assert [report.end.num_scheduled_tokens for report in reports[2:]] == [1, 1]
 
 
 def test_a_token_too_many_is_nobodys(ahead: Bench) -> None:
@@ -71,7 +71,7 @@ def test_a_token_too_many_is_nobodys(ahead: Bench) -> None:
     reports = ahead.reports([request])
     assert tokens_of(reports)[1] == whole[: whole.index(stop) + 1]
     assert reasons_of(reports) == {1: FinishReason.STOP}
-    assert sum(report.num_scheduled_tokens for report in reports) > request.num_tokens - 1
+    assert sum(report.end.num_scheduled_tokens for report in reports) > request.num_tokens - 1
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])
@@ -82,7 +82,7 @@ def test_aborted_in_flight(ahead: Bench, after: int) -> None:
         ahead.engine.add(ahead.request(number, text, [picture(0)] * (number == 0), max_tokens=9))
     reports = [ahead.engine.step() for _ in range(after)]
     ahead.engine.abort([0, 0, 77])
-    assert all(report.finished == [] for report in reports)
+    assert all(report.end.finished == [] for report in reports)
     reports += ahead.reports([])
     assert reasons_of(reports) == {0: FinishReason.ABORTED, 1: FinishReason.LENGTH}
     assert tokens_of(reports)[1] == alone
@@ -96,5 +96,5 @@ def test_a_prefix_is_shared_although_its_last_token_was_in_flight(ahead: Bench) 
     second = ahead.request(1, "", [], max_tokens=2)
     prompt = [*first.token_ids[: first.num_prompt_tokens], *answer]
     second = Request(1, prompt, [], second.sampling, second.max_tokens + len(prompt))
-    (report,) = [one for report in ahead.reports([second]) for one in report.finished]
+    (report,) = [one for report in ahead.reports([second]) for one in report.end.finished]
     assert report.num_cached_tokens >= (len(prompt) - 1) // 16 * 16 - 16

@@ -192,10 +192,10 @@ def prompt_scores(bench: Bench, requests: list[Request]) -> dict[int, list[Token
     answered = set()
     while bench.engine.has_work:
         report = bench.engine.step()
-        for number, entries in report.prompt_logprobs:
+        for number, entries in report.tokens.prompt_logprobs:
             assert number not in answered
             found[number] += entries
-        answered |= set(report.request_ids)
+        answered |= set(report.tokens.request_ids)
     return found
 
 

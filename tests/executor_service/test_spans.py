@@ -251,7 +251,7 @@ def test_spans_of_no_use_end_that_request_alone(checkpoint, reference, monkeypat
     for request in (first, second):
         bench.engine.add(request)
     report = bench.engine.step()
-    (ended,) = report.finished
+    (ended,) = report.end.finished
     assert (ended.request_id, ended.reason) == (1, FinishReason.FAILED)
     assert ended.error.startswith("bidirectional_spans: InvalidHookError: bidirectional_spans has 0 to 99")
     assert bench.run([])[2] == bench.expected(second)[1:]

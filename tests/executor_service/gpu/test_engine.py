@@ -64,7 +64,7 @@ def test_every_cancelled_request_is_reported(bench: Bench) -> None:
     bench.engine.abort([request.request_id for request in requests])
     finished: list[int] = []
     while bench.engine.has_work:
-        finished += [one.request_id for one in bench.engine.step().finished]
+        finished += [one.request_id for one in bench.engine.step().end.finished]
     assert sorted(finished) == sorted(request.request_id for request in requests)
     assert bench.engine.load.num_used_blocks == 0
 
