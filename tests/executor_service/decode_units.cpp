@@ -99,6 +99,19 @@ static const char* wrong(const Inputs<float>& in, const std::vector<Unit>& units
     return at->tiles == 0 && at + 1 == units.end() ? nullptr : "the end";
 }
 
+// Whether units of requests whose chunks are alike are so, too, where a block of threads has few.
+static bool are_even(const std::vector<Unit>& units, int num_blocks) {
+    const int total = static_cast<int>(units.size()) - 1;  // behind them is one that is none
+    if (total >= kManyUnits * num_blocks) return true;
+    int each[kMostTiles + 1] = {};
+    for (int id = 0; id < total; ++id) {
+        int& known = each[units[id].chunk_tiles];
+        if (known && known != units[id].each) return false;
+        known = units[id].each;
+    }
+    return true;
+}
+
 int main() {
     std::mt19937 random(7);
     auto below = [&random](int bound) { return static_cast<int>(random() % bound); };
@@ -114,13 +127,17 @@ int main() {
         const int tiles = (*std::max_element(lengths.begin(), lengths.end()) + kTile - 1) / kTile;
         const int most_chunks = max(min(tiles, 1 << most_bits), (tiles + kMostTiles - 1) / kMostTiles);
         std::vector<int> chunk_tiles(lengths.size());
-        const std::vector<Unit> finest = all_units(in, 1 << 20), units = all_units(in, 1 << below(8));
+        const std::vector<Unit> finest = all_units(in, 1 << 20);
+        // Of the finest, 3 to 9 for a block of threads: where some become coarser; or any number of blocks.
+        const int num_blocks = below(2) ? max(static_cast<int>(finest.size()) / (3 + below(7)), 1) : 1 << below(8);
+        const std::vector<Unit> units = all_units(in, num_blocks);
         for (const Unit& unit : finest)
             if (unit.tiles) chunk_tiles[unit.request] = unit.chunk_tiles;
         num_coarse += units.size() < finest.size();
         for (const auto& some : {finest, units})
             if (const char* what = wrong(in, some, chunk_tiles, most_chunks))
                 return std::printf("round %d: %s\n", round, what), 1;
+        if (!are_even(units, num_blocks)) return std::printf("round %d: few units, of several sizes\n", round), 1;
     }
     return num_coarse < 4 ? std::printf("only %d rounds had units of several chunks\n", num_coarse), 1 : 0;
 }

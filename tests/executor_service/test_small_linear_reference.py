@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from executor_service.kernels import small_linear as module
 from executor_service.kernels.silu_mul import silu_mul
 from executor_service.kernels.small_linear import small_linear, small_linear_silu_mul, takes
 
@@ -52,6 +53,12 @@ def test_widths_must_agree() -> None:
 
 def test_nothing_on_the_cpu_is_taken() -> None:
     assert not takes(1, torch.zeros((4096, 4096), dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(("rate", "rows"), [(1.5e12, 128), (3.35e12, 128), (4.8e12, 64)])
+def test_faster_memory_leaves_fewer_rows(monkeypatch: pytest.MonkeyPatch, rate: float, rows: int) -> None:
+    monkeypatch.setattr(module, "memory_rate", lambda device: rate)
+    assert module.max_rows.__wrapped__(0) == rows  # what was found for a real GPU is kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
