@@ -124,6 +124,15 @@ class Command:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return next(int(pid) for pid in children if b"engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes())
 
+    def engine_stacks(self) -> str:
+        """What the engine process says of its threads, up to the main thread's first call."""
+        os.kill(self.engine_pid(), signal.SIGUSR1)
+        lines = [self.process.stderr.readline()]
+        while "_run_module_as_main" not in lines[-1]:
+            lines.append(self.process.stderr.readline())
+            assert lines[-1], lines
+        return "".join(lines)
+
 
 def health(channel: grpc.Channel, service: str) -> int:
     return health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service)).status
@@ -187,11 +196,9 @@ def test_a_killed_front_takes_the_engine_along(checkpoint) -> None:
 def test_an_engine_says_where_it_is(checkpoint) -> None:
     """Asked by SIGUSR1; then it goes on."""
     with Command(checkpoint) as command, grpc.insecure_channel(command.address, options=CHANNEL_OPTIONS) as channel:
-        os.kill(command.engine_pid(), signal.SIGUSR1)
-        lines = []
-        while "executor_service/engine/loop.py" not in "".join(lines):
-            lines.append(command.process.stderr.readline())
-            assert lines[-1], lines
+        # It serves a moment before its loop begins.
+        while "executor_service/engine/loop.py" not in command.engine_stacks():
+            assert command.process.poll() is None
         assert health(channel, "diptych.v1.ExecutorService") == health_pb2.HealthCheckResponse.SERVING
 
 
