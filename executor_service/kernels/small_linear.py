@@ -1,10 +1,10 @@
 """Matrix products for a few rows, as decode steps have them: the weights stream once from memory, at the memory's rate.
 
 16-bit weights go through a ring in shared memory to the tensor cores: on Hopper and later by a kernel for up to 16
-rows, on Hopper by another for up to 128, to which it leaves all but the fewest rows. Both ask for their first weights
-while the kernel before them on the stream still runs (programmatic dependent launch), so a weight must not be written
-by the kernel just before. Everything else takes a plain variant that is right but slow. Within a variant a row's result
-depends neither on the other rows nor on how many there are, to the bit.
+rows, on Hopper by another for up to 128, to which it leaves all but the fewest rows, or all. Both ask for their first
+weights while the kernel before them on the stream still runs (programmatic dependent launch), so a weight must not be
+written by the kernel just before. Everything else takes a plain variant that is right but slow. Within a variant a
+row's result depends neither on the other rows nor on how many there are, to the bit.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ longer than their weights.
 """
 _FEW_ROWS: Final = 16
 """That x stays in registers for."""
-_FEWEST_ROWS: Final = 4
-"""For which that is faster than tiles of a product for 16."""
+FEWEST_ROWS: Final = {0.0: 2, 4e12: 0}
+"""For which that is faster than tiles of a product for 16, by the rate of the memory, too."""
 _MIN_ELEMENTS: Final = 1 << 20
 """Of a weight that is worth a kernel of its own."""
 _COLUMNS: Final = 32
@@ -89,8 +89,19 @@ def takes(rows: int, weight: Tensor) -> bool:
 @cache
 def max_rows(device: int) -> int:
     """That `takes` takes on this GPU, if anything."""
+    return _of_rate(MAX_ROWS, device)
+
+
+@cache
+def fewest_rows(device: int) -> int:
+    """Up to which tiles leave products to the variant for a few rows, where there are both."""
+    return _of_rate(FEWEST_ROWS, device)
+
+
+def _of_rate(rows: dict[float, int], device: int) -> int:
+    """What is said of the fastest memory that is no faster than this GPU's."""
     rate = memory_rate(device)
-    return next(rows for least, rows in sorted(MAX_ROWS.items(), reverse=True) if rate >= least)
+    return rows[max(least for least in rows if least <= rate)]
 
 
 def _streams(rows: int, weight: Tensor) -> bool:
@@ -142,7 +153,7 @@ def _launch(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual:
     bias, residual = (None if tensor is None else tensor.contiguous() for tensor in (bias, residual))
     is_aligned = not any(tensor.data_ptr() % 16 for tensor in (x, weight, residual) if tensor is not None)
     shape = Shape(kind, rows, out.shape[1], width, x.dtype, weight.device.index)
-    if is_aligned and rows > _FEWEST_ROWS and small_linear_tiles.takes(shape):
+    if is_aligned and rows > fewest_rows(shape.device) and small_linear_tiles.takes(shape):
         launch = small_linear_tiles.launcher(shape)
     elif is_aligned and _streams(rows, weight):
         launch = _streaming(kind, rows, out.shape[1], width, x.dtype, weight.device.index)

@@ -22,6 +22,10 @@ _COLUMNS: Final = 64
 _TILE_BYTES: Final = _TILE_ROWS * _COLUMNS * 2
 _WARPS: Final = 8
 _THREADS: Final = 32 * (_WARPS + 2)
+_X_STAGES: Final = 8
+"""Or as many as there are of weights: the copy engine brings x behind all the weights that were asked for before it."""
+_MOST_X_STAGES: Final = 3
+"""Of so many rows that weights need the room more."""
 SPLITS: Final = 2
 """Blocks of a cluster: each has so many columns of its tiles."""
 _SCRATCH_BYTES: Final = 512 * _WARPS + 16 * _WARPS + 1024
@@ -111,10 +115,11 @@ def stages(shape: Shape) -> tuple[int, int]:
     """Stages of x and tiles of weights that fit beside other blocks' sums, with two barriers of 8 bytes each."""
     own_groups = ceil(shape.compiled_rows / (8 * SPLITS))
     sums_bytes = _WARPS * (SPLITS - 1) * min(own_groups, 2) * 512
-    x_bytes = 8 * ceil(shape.rows / 8) * _COLUMNS * 2 + 16
-    num_x_stages = 4 if shape.rows <= 64 else 3
-    rest = _SHARED_BYTES - _SCRATCH_BYTES - sums_bytes - num_x_stages * x_bytes
-    return num_x_stages, rest // (_TILE_BYTES + 16)
+    x_bytes, tile_bytes = 8 * ceil(shape.rows / 8) * _COLUMNS * 2 + 16, _TILE_BYTES + 16
+    room = _SHARED_BYTES - _SCRATCH_BYTES - sums_bytes
+    most = _MOST_X_STAGES if shape.compiled_rows == MOST_ROWS else _X_STAGES
+    num_x_stages = min(most, room // (x_bytes + tile_bytes))
+    return num_x_stages, (room - num_x_stages * x_bytes) // tile_bytes
 
 
 def _weight_map(shape: Shape, address: int, units: int) -> object:

@@ -38,7 +38,7 @@ def test_rings_fit_and_hold_enough(rows: int) -> None:
     others_sums = 8 * (SPLITS - 1) * min(2, ceil(shape.compiled_rows / (8 * SPLITS))) * 512
     bytes_used = num_x_stages * ceil(rows / 8) * 1024 + num_stages * 128 * 128 + others_sums + 8 * 512 + barriers
     assert 1023 + bytes_used <= MOST_SHARED_BYTES
-    assert num_stages >= 8
+    assert num_stages >= 7
 
 
 @needs_compiler

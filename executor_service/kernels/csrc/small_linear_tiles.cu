@@ -122,8 +122,17 @@ template <typename T, int kRows, bool kGated> struct Product {
     // The same for all lanes, which the compiler cannot know: products want operands' places in uniform registers.
     __device__ static int group() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0); }
 
+    // A stage that all warps have read is free for the next copy.
+    __device__ static void give_back(unsigned weights_empty, unsigned inputs_empty) {
+        if (lane() != 0) return;
+        arrive(weights_empty);
+        arrive(inputs_empty);
+    }
+
+    // The tensor cores have a step's products to go on with while the next stages are waited for.
     __device__ void multiply() {
         const unsigned half = group() * (kTileBytes / 2);
+        unsigned weights_before = 0, inputs_before = 0;
 #pragma unroll 1
         for (int i = 0; i < arguments.steps; ++i) {
             wait_for_phase(inputs.full_here(), inputs.parity);
@@ -133,14 +142,16 @@ template <typename T, int kRows, bool kGated> struct Product {
 #pragma unroll
             for (int k = 0; k < kColumns / 16; ++k) multiply_shared(T(), sums, a + 2 * k, b + 2 * k, i > 0 || k > 0);
             commit_products();
-            wait_for_products();
-            if (lane() == 0) {
-                arrive(weights.empty_here());
-                arrive(inputs.empty_here());
+            if (i > 0) {
+                wait_for_products<1>();
+                give_back(weights_before, inputs_before);
             }
+            weights_before = weights.empty_here(), inputs_before = inputs.empty_here();
             weights.advance();
             inputs.advance();
         }
+        wait_for_products();
+        give_back(weights_before, inputs_before);
         settle(sums);
     }
 

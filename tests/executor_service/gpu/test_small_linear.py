@@ -1,6 +1,11 @@
-"""small_linear on a GPU: all variants against float64 on the same inputs, and rows that do not see each other."""
+"""small_linear on a GPU: all variants against float64 on the same inputs, and rows that do not see each other.
+
+Everything runs twice: with the variant for a few rows taking all that it can, and leaving all to tiles where there are.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -8,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from executor_service.kernels import small_linear as module
 from executor_service.kernels.silu_mul import silu_mul
 from executor_service.kernels.small_linear import max_rows, small_linear, small_linear_silu_mul, takes
 from executor_service.kernels.small_linear_tiles import MOST_ROWS
@@ -15,11 +21,19 @@ from tests.executor_service.gpu.tensors import DTYPES, ERRORS, SEEDS, close, poi
 
 pytestmark = pytest.mark.gpu
 
-FEWEST, FEW = 4, 16
+FEW = 16
 ROWS = st.one_of(st.integers(0, FEW), st.integers(FEW + 1, MOST_ROWS + 3))
 FEATURES = st.sampled_from([1, 6, 16, 100, 132, 1000, 4096, 6400])
 WIDTHS = st.sampled_from([1, 7, 16, 64, 128, 384, 1000, 2048, 4096 + 128])
 HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(scope="module", params=[FEW, 0], ids=["few", "tiles"], autouse=True)
+def fewest(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Rows that go to the variant for a few where tiles could have them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "fewest_rows", lambda device: request.param)
+        yield FEW if torch.cuda.get_device_capability() != (9, 0) else request.param
 
 
 def inputs(rows: int, features: int, width: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
@@ -76,9 +90,9 @@ def test_large(shape: tuple[int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_rows_do_not_see_each_other(dtype: torch.dtype) -> None:
     """Alone, among others, beside rows of NaN: the same bits, at every number of rows that one variant takes."""
-    x, weight = inputs(FEWEST, 1000, 4096 + 128, dtype, 5)
-    alone = torch.cat([small_linear(x[row : row + 1], weight) for row in range(FEWEST)])
-    for rows in range(1, FEWEST + 1):
+    x, weight = inputs(FEW, 1000, 4096 + 128, dtype, 5)
+    alone = torch.cat([small_linear(x[row : row + 1], weight) for row in range(FEW)])
+    for rows in range(1, FEW + 1):
         assert torch.equal(small_linear(x[:rows], weight), alone[:rows])
     x[1::2] = float("nan")
     assert torch.equal(small_linear(x, weight)[::2], alone[::2])
@@ -86,9 +100,8 @@ def test_rows_do_not_see_each_other(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("features", [1000, 4096])
-def test_more_rows_do_not_see_each_other(features: int, dtype: torch.dtype) -> None:
+def test_more_rows_do_not_see_each_other(fewest: int, features: int, dtype: torch.dtype) -> None:
     """As above, among those of the other variant; and the same bits at every run."""
-    fewest = FEWEST if torch.cuda.get_device_capability() == (9, 0) else FEW
     x, weight = inputs(MOST_ROWS, features, 4096 + 72, dtype, 6)
     everything = small_linear(x, weight)
     for rows in (*range(fewest + 1, MOST_ROWS, 5), MOST_ROWS):
