@@ -25,7 +25,11 @@ MOST_ROWS: Final = 64
 _MOST_HIDDEN: Final = 8192
 """That a block normalises in its registers."""
 _SOURCE: Final = "linear_chain"
-_TYPES: Final = (*[BY_VALUE] * 12, *[POINTER] * 11, *[FLOAT] * 2, *[INT] * 16)
+_MOST_PARTS: Final = 72
+"""Clusters that leave parts of a row's squares."""
+_THREADS: Final = THREADS + 3 * 32
+"""Four warps bring x."""
+_TYPES: Final = (*[BY_VALUE] * 8, *[POINTER] * 11, *[FLOAT] * 2, *[INT] * 19)
 
 
 def linear_chain(
@@ -100,31 +104,32 @@ def _linear_chain_cuda(
     is_aligned = not any(tensor.data_ptr() % 16 for tensor in (x, residual, mlp_norm, next_norm))
     if not is_aligned or not takes(x.shape[0], *weights):
         return _step_by_step("cuda", x, residual, output, mlp_norm, gate_up, down, next_norm, epsilons, qkv, qkv_bias)
-    middle, normal, out, next_normal = (torch.empty_like(residual) for _ in range(4))
-    inner = x.new_empty((x.shape[0], down.shape[1]))
-    result = next_normal if qkv is None else x.new_empty((x.shape[0], qkv.shape[0]))
-    launch = _launch(_shapes(x.shape[0], *weights))
-    inputs = zip(launch.ranges, (x, normal, inner, next_normal), weights, strict=False)
-    maps = [one for ranges, of, weight in inputs for one in ranges.maps(of.data_ptr(), weight.data_ptr())]
+    rows = x.shape[0]
+    middle, out = torch.empty_like(residual), torch.empty_like(residual)
+    inner, squares = x.new_empty((rows, down.shape[1])), x.new_empty((2, rows, _MOST_PARTS), dtype=torch.float32)
+    result = out if qkv is None else x.new_empty((rows, qkv.shape[0]))
+    launch = _launch(_shapes(rows, *weights))
+    maps = [one for ranges, each in zip(launch.ranges, weights, strict=True) for one in ranges.weight_maps(each)]
     launch.run(
-        *maps, *maps[: 12 - len(maps)], residual, middle, mlp_norm, normal, inner, out, next_norm, next_normal,
-        0 if qkv_bias is None else qkv_bias, result, next(launch.zeros), *epsilons,
+        *maps, *maps[: 8 - len(maps)], x, residual, middle, mlp_norm, inner, out, next_norm,
+        0 if qkv_bias is None else qkv_bias, result, squares, next(launch.zeros), *epsilons,
     )  # fmt: skip
-    return out, result
+    return out, RMS_NORM.direct("cuda")(out, next_norm, epsilons[1]) if qkv is None else result
 
 
 @cache
 def _launch(shapes: tuple[Shape, ...]) -> _Launch:
     first = shapes[0]
     name = f"linear_chain_{dtype_name(first.dtype)}_{first.compiled_rows}"
-    clusters = small_linear_tiles.most_clusters(_SOURCE, name, _TYPES)
+    clusters = min(small_linear_tiles.most_clusters(_SOURCE, name, _TYPES, _THREADS), _MOST_PARTS)
     ranges = tuple(Ranges.among(clusters, shape) for shape in shapes)
     function = kernel(_SOURCE, name, _TYPES, SHARED_BYTES, SPLITS, is_dependent=True)
     grid = (max(each.clusters for each in ranges) * SPLITS,)
     numbers = [number for each in ranges for number in each.numbers] + [0, 0, 0] * (4 - len(ranges))
     num_x_stages, num_stages = small_linear_tiles.stages(first)
-    sizes = len(shapes), first.rows, num_stages, num_x_stages
-    return _Launch(lambda *places: function(grid, THREADS, *places, *numbers, *sizes), ranges, counters(first.device))
+    parts = ranges[0].clusters, ranges[2].clusters
+    sizes = first.width, *parts, len(shapes), first.rows, num_stages, num_x_stages
+    return _Launch(lambda *places: function(grid, _THREADS, *places, *numbers, *sizes), ranges, counters(first.device))
 
 
 def _step_by_step(

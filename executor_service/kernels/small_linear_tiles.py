@@ -91,11 +91,11 @@ class Ranges:
         """As kernels take them: features, those of a cluster, steps of a block and tile."""
         return self.shape.features, self.units, ceil(self.shape.width / (_COLUMNS * SPLITS))
 
-    def maps(self, x: int, weight: int) -> tuple[object, object, object]:
-        """As kernels take them, of what lies at these addresses: whole tiles, what a range has beyond them, x."""
+    def weight_maps(self, weight: Tensor) -> tuple[object, object]:
+        """As kernels take them: of whole tiles, and of what a range has beyond them."""
         rest = self.units % self.shape.units or min(self.units, self.shape.units)
-        whole, last = (_weight_map(self.shape, weight, units) for units in (self.shape.units, rest))
-        return whole, last, _x_map(self.shape, x)
+        address = weight.data_ptr()
+        return _weight_map(self.shape, address, self.shape.units), _weight_map(self.shape, address, rest)
 
 
 @cache
@@ -104,12 +104,13 @@ def launcher(shape: Shape) -> Callable[..., None]:
     types = (*[BY_VALUE] * 3, *[POINTER] * 3, *[INT] * 6)
     name = f"small_linear_tiles_{dtype_name(shape.dtype)}_{shape.kind}_{shape.compiled_rows}"
     launch = kernel(_SOURCE, name, types, SHARED_BYTES, SPLITS, is_dependent=True)
-    ranges = Ranges.among(most_clusters(_SOURCE, name, types), shape)
+    ranges = Ranges.among(most_clusters(_SOURCE, name, types, THREADS), shape)
     num_x_stages, num_stages = stages(shape)
     grid, numbers = (ranges.clusters * SPLITS,), (shape.rows, *ranges.numbers, num_stages, num_x_stages)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | int, residual: Tensor | int, out: Tensor) -> None:
-        launch(grid, THREADS, *ranges.maps(x.data_ptr(), weight.data_ptr()), bias, residual, out, *numbers)
+        maps = *ranges.weight_maps(weight), _x_map(shape, x.data_ptr())
+        launch(grid, THREADS, *maps, bias, residual, out, *numbers)
 
     return run
 
@@ -120,13 +121,13 @@ def division(features: int, most_clusters: int) -> tuple[int, int]:
     return ceil(features / units), units
 
 
-def most_clusters(source: str, name: str, types: tuple[Any, ...]) -> int:
+def most_clusters(source: str, name: str, types: tuple[Any, ...], threads: int) -> int:
     """That run at the same time: a cluster lies within one part of the GPU, and not every part holds whole ones."""
     from cuda.bindings import driver
 
     alone = kernel(source, name, types, SHARED_BYTES, SPLITS)
     config = alone.config
-    config.gridDimX, config.gridDimY, config.gridDimZ, config.blockDimX = 1024 * SPLITS, 1, 1, THREADS
+    config.gridDimX, config.gridDimY, config.gridDimZ, config.blockDimX = 1024 * SPLITS, 1, 1, threads
     status, count = driver.cuOccupancyMaxActiveClusters(alone.function, config)
     if status.value or not count:
         raise RuntimeError(f"no cluster of {SPLITS} blocks fits on the GPU: {status.name}")

@@ -1,11 +1,10 @@
-// The order in which blocks go through linear_chain: the kernel's own producers, clerks and consumers, with the barriers
-// of a host. Copies leave notes of what they brought, products read them; whoever reads what a product or norm
-// has made looks whether all of it was there.
+// The order in which blocks go through linear_chain: the kernel's own producers, loaders, clerks and consumers, with the
+// barriers of a host. Whoever fills a stage leaves a note of what it brought, products read it; whoever reads what a
+// product has made looks whether all of it was there.
 #include "blocks_on_host.hpp"
 
 struct TensorMap {
     int link;
-    bool is_x;
     unsigned bytes;
 };
 struct bfloat16 {
@@ -19,27 +18,23 @@ struct Note {
 };
 static thread_local std::map<unsigned, Note>* notes;  // of this block, by address; the barriers order them
 static std::vector<std::unique_ptr<std::map<unsigned, Note>>> all_notes;
-static std::atomic<int> num_multiplied[4], num_normalized[4];  // lanes that have
+static std::mutex notes_lock;
+static std::atomic<int> num_multiplied[4];  // lanes that have
 static int num_consumer_lanes;
 static unsigned num_arrived;
-static std::atomic<bool> is_normed[4];
+static thread_local int link_now, next_column;
 
 static void check_made(int link) {
     if (num_multiplied[link] != num_consumer_lanes) fail("a product is read before all blocks have stored it");
-    if (is_normed[link] && num_normalized[link] != num_consumer_lanes) fail("a norm is read before all rows are there");
 }
 
-static void copy_note(unsigned to, const TensorMap* map, int column, int first, unsigned barrier) {
+static void copy_box(unsigned to, const TensorMap* map, int column, int row, unsigned barrier, unsigned long long) {
     dawdle();
-    if (map->is_x && map->link > 0) check_made(map->link - 1);
-    (*notes)[to] = {map->link, column, first, map->is_x};
+    (*notes)[to] = {map->link, column, row, false};
     own_block().at(barrier).change(0, -static_cast<long>(map->bytes));
 }
-static void copy_box(unsigned to, const TensorMap* map, int column, int row, unsigned barrier, unsigned long long) {
-    copy_note(to, map, column, row, barrier);
-}
 static void copy_groups(unsigned to, const TensorMap* map, int column, int group, unsigned barrier, unsigned long long) {
-    copy_note(to, map, column, 8 * group, barrier);
+    copy_box(to, map, column, 8 * group, barrier, 0);
 }
 static unsigned long long read_once_policy() { return 0; }
 static unsigned long long keep_policy() { return 0; }
@@ -52,7 +47,6 @@ static void commit_products() {}
 // Instructions of a whole warp.
 template <int kPending = 0> static void wait_for_products() { __syncwarp(); }
 template <int kCount> static void settle(float (&)[kCount]) {}
-static thread_local int link_now, next_column;
 
 // A product of the next 64 columns of a tile: both operands are of the same, of this link.
 template <int kCount>
@@ -74,12 +68,33 @@ template <typename T> static float element_of(unsigned, int) { return 0; }
 static void turn_to_rows(unsigned (&)[4], const unsigned (&)[4], unsigned) {}
 static void turn_to_parts(unsigned (&)[4], const unsigned (&)[4], unsigned) {}
 static void store_words(void*, const unsigned (&)[4]) { dawdle(); }
-static char middle[1];
-static void load_words(unsigned (&)[4], const void*) {
-    if (link_now == 2) check_made(0);
-}
 
-static void publish_global_writes() {}
+// x of each link, [rows, width] of elements that say where they lie; and what a norm has of it.
+constexpr int kWidth = 64 * 2 * 10;
+static bfloat16 xs[4][64 * kWidth], norm_weights[kWidth];
+static float sums_of_squares[64 * 72];
+
+static void load_words(unsigned (&to)[4], const void* from) {
+    const auto* element = static_cast<const bfloat16*>(from);
+    if (element >= norm_weights && element < norm_weights + kWidth) return;
+    const int link = static_cast<int>(element - xs[0]) / (64 * kWidth);
+    // A residual is the first product's x here, or what the first product gave.
+    if (link > 0) check_made(link - 1);
+    to[0] = link, to[1] = (element - xs[link]) % kWidth, to[2] = 1;
+}
+// Eight elements of x: packs lie as the tensor cores look for them.
+static void store_shared_words(unsigned to, const unsigned (&from)[4]) {
+    if (!from[2]) return;  // rows and columns that x does not have
+    const unsigned row = to / 128 % 8, pack = to / 16 % 8 ^ row;
+    if (from[1] % 64 != pack * 8) fail("a pack of x lies in another's place");
+    Note& note = (*notes)[to / 128 / 8 * 8 * 128];
+    const std::lock_guard lock(notes_lock);
+    note = {static_cast<int>(from[0]), static_cast<int>(from[1]) / 64 * 64, 0, true};
+}
+template <typename T> static void normalize(unsigned (&)[4], const unsigned (&)[4], float) {}
+static float scale_of(float, float) { return 0; }
+static float sum_of_eight(float value) { return value; }
+
 static void count_arrival(unsigned* counter) { ++std::atomic_ref(*counter); }
 static void wait_for_arrivals(unsigned* counter, unsigned target) {
     for (int i = 0; std::atomic_ref(*counter) < target; ++i) {
@@ -93,7 +108,7 @@ static unsigned count_leaving(unsigned* counter) { return std::atomic_ref(*count
 
 struct Chain {
     Link links[4] = {};
-    TensorMap whole[4], rest[4], x[4];
+    TensorMap whole[4], rest[4];
     int num_links, rows, num_stages, num_x_stages;
 };
 
@@ -115,45 +130,46 @@ template <int kRows> static void run_lane(const Chain& chain, int block, int thr
     if (warp < kConsumers) {
         follow(chain.links, chain.num_links,
                [&](const Link& link) {
-                   with_product(link, [](auto product) { product.consume(false); });
+                   with_product(link, [](auto product) { product.consume(false, [](const unsigned (&)[4], int) {}); });
                    ++num_multiplied[link_now];
                },
-               [&](const Link&) {
-                   if (num_multiplied[link_now] != num_consumer_lanes) fail("a norm begins before its input is there");
-                   dawdle();
-                   ++num_normalized[link_now];
-               },
-               [&] { meeting.meet_as_consumer(); });
+               [&] {
+                   meeting.say_stored();
+                   meeting.hear();
+               });
     } else if (warp == kConsumers) {
         for (int i = 0; i < chain.num_links; ++i)
             with_product(chain.links[i], [](auto product) { product.produce_weights(); });
     } else {
+        const bool is_clerk = thread == 32 * (kConsumers + 1);
         follow(chain.links, chain.num_links,
-               [&](const Link& link) { with_product(link, [](auto product) { product.produce_inputs(); }); },
-               [](const Link&) {}, [&] { meeting.meet_as_clerk(); });
-        meeting.leave();
+               [&](const Link& link) { Inputs<bfloat16, kRows>(link, room, chain.rows).produce(); },
+               [&] {
+                   if (is_clerk) meeting.speak();
+                   __syncwarp();
+                   meeting.hear();
+               });
+        if (is_clerk) meeting.leave();
     }
 }
 
-static void add_link(Chain& chain, int features, int steps, bool is_gated, bool is_normed_link, int num_clusters) {
-    const int i = chain.num_links++, clusters = num_clusters, units = (features + 8 * clusters - 1) / (8 * clusters) * 8;
+static void add_link(Chain& chain, int features, int steps, bool is_gated, int num_clusters) {
+    const int i = chain.num_links++, units = (features + 8 * num_clusters - 1) / (8 * num_clusters) * 8;
     const int tile = is_gated ? 64 : 128, rest = units % tile ? units % tile : min(units, tile);
     const unsigned row_bytes = is_gated ? 256 : 128;
-    chain.whole[i] = {i, false, tile * row_bytes};
-    chain.rest[i] = {i, false, rest * row_bytes};
-    chain.x[i] = {i, true, static_cast<unsigned>((chain.rows + 7) / 8 * 8 * 128)};
-    chain.links[i].task = {&chain.whole[i], &chain.rest[i], &chain.x[i], nullptr, i % 2 ? nullptr : middle, middle,
-                           features, units, steps};
-    chain.links[i].is_gated = is_gated;
-    chain.links[i].normal = is_normed_link ? middle : nullptr;
-    is_normed[i] = is_normed_link;
+    chain.whole[i] = {i, tile * row_bytes};
+    chain.rest[i] = {i, rest * row_bytes};
+    Link& link = chain.links[i];
+    link.task = {&chain.whole[i], &chain.rest[i], nullptr, nullptr, i == 2 ? xs[1] : xs[0], nullptr, features, units, steps};
+    if (i % 2) link.task.residual = nullptr, link.norm_weight = norm_weights, link.squares = sums_of_squares;
+    link.is_gated = is_gated, link.x = xs[i], link.width = kWidth;
 }
 
 template <int kRows> static void check(int rows, int num_links, const int (&features)[4], const int (&steps)[4]) {
     constexpr int kClusters = 2, kBlocks = kClusters * kClusterBlocks;
-    Chain chain{{}, {}, {}, {}, 0, rows, 5, 3};
-    for (int i = 0; i < num_links; ++i) add_link(chain, features[i], steps[i], i == 1, i % 2 == 0, kClusters);
-    for (int i = 0; i < 4; ++i) num_multiplied[i] = num_normalized[i] = 0;
+    Chain chain{{}, {}, {}, 0, rows, 5, 3};
+    for (int i = 0; i < num_links; ++i) add_link(chain, features[i], steps[i], i == 1, kClusters);
+    for (int i = 0; i < 4; ++i) num_multiplied[i] = 0;
     gridDim.x = kBlocks, num_consumer_lanes = kBlocks * kConsumers * kLanes;
     blocks.clear(), all_notes.clear();
     for (int block = 0; block < kBlocks; ++block) {
@@ -165,13 +181,13 @@ template <int kRows> static void check(int rows, int num_links, const int (&feat
         for (int i = 0; i < chain.num_x_stages; ++i) (*all_notes[block])[room.inputs.data + i * room.inputs.stride] = {};
         blocks[block]->sums_begin = room.exchange.buffer;
         blocks[block]->sums.assign(kConsumers * Room<kRows>::Sums::kBytes, 0);
-        room.init();
+        room.init(kLoaders);
         Meeting{room.end, room.end + 8, &num_arrived, 0, 0}.init();
     }
     std::vector<std::jthread> threads;
     for (int block = 0; block < kBlocks; ++block)
         for (int warp = 0; warp < kWarps; ++warp)
-            for (int lane = 0; lane < (warp < kConsumers ? kLanes : 1); ++lane)
+            for (int lane = 0; lane < (warp == kConsumers ? 1 : kLanes); ++lane)
                 threads.emplace_back([&, block, thread = 32 * warp + lane] { run_lane<kRows>(chain, block, thread); });
     threads.clear();
     if (num_arrived) fail("the counter is not left at zero");

@@ -62,6 +62,11 @@ __device__ __forceinline__ void load_shared_words(unsigned (&to)[4], unsigned fr
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
 }
 
+__device__ __forceinline__ void store_shared_words(unsigned to, const unsigned (&from)[4]) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(from[0]), "r"(from[1]), "r"(from[2]),
+                 "r"(from[3]) : "memory");
+}
+
 // Two elements, the first in the lower half.
 template <typename T> __device__ __forceinline__ unsigned pair(float first, float second) {
     return from_float<T>(first).bits | static_cast<unsigned>(from_float<T>(second).bits) << 16;
@@ -87,8 +92,7 @@ __device__ __forceinline__ void turn_to_rows(unsigned (&rows)[4], const unsigned
 __device__ __forceinline__ void turn_to_parts(unsigned (&parts)[4], const unsigned (&rows)[4], unsigned scratch) {
     const unsigned at = scratch + threadIdx.x % 32 * 16;
     __syncwarp();
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(rows[0]), "r"(rows[1]), "r"(rows[2]),
-                 "r"(rows[3]) : "memory");
+    store_shared_words(at, rows);
     __syncwarp();
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(parts[0]), "=r"(parts[1]), "=r"(parts[2]), "=r"(parts[3]) : "r"(at) : "memory");
