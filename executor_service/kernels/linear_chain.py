@@ -22,14 +22,12 @@ from executor_service.kernels.small_linear import SMALL_LINEAR, SMALL_LINEAR_SIL
 from executor_service.kernels.small_linear_tiles import SHARED_BYTES, SPLITS, THREADS, Ranges, Shape
 
 MOST_ROWS: Final = 64
-_MOST_HIDDEN: Final = 8192
-"""That a block normalises in its registers."""
 _SOURCE: Final = "linear_chain"
 _MOST_PARTS: Final = 72
 """Clusters that leave parts of a row's squares."""
-_THREADS: Final = THREADS + 3 * 32
-"""Four warps bring x."""
-_TYPES: Final = (*[BY_VALUE] * 8, *[POINTER] * 11, *[FLOAT] * 2, *[INT] * 19)
+_THREADS: Final = THREADS + 32
+"""A warp finds what norms divide by."""
+_TYPES: Final = (*[BY_VALUE] * 12, *[POINTER] * 12, *[FLOAT] * 2, *[INT] * 18)
 
 
 def linear_chain(
@@ -50,7 +48,7 @@ def linear_chain(
     `+ silu(gate) * up @ down.T` of its `rms_norm`, then the `rms_norm` of that, times `qkv.T + qkv_bias`. `output`
     [H, A], `gate_up` [2 * F, H], the gate's rows first, `down` [H, F], `qkv` [Q, H], norms' weights [H], and an
     epsilon for each. Every step is
-    rounded as `small_linear`, `small_linear_silu_mul` and `rms_norm` do it.
+    rounded as `small_linear`, `small_linear_silu_mul` and `rms_norm` do it, or less often.
     """
     result: tuple[Tensor, Tensor] = LINEAR_CHAIN(
         x, residual, output, mlp_norm, gate_up, down, next_norm, epsilons, qkv, qkv_bias
@@ -63,7 +61,7 @@ def takes(rows: int, *weights: Tensor) -> bool:
     output, gate_up, *_ = weights
     return (
         0 < rows <= MOST_ROWS
-        and output.shape[0] <= _MOST_HIDDEN
+        and output.dtype == torch.bfloat16
         and all(small_linear.takes(rows, weight) for weight in weights)
         and all(small_linear_tiles.takes(shape) for shape in _shapes(rows, output, gate_up, *weights[2:]))
     )
@@ -105,14 +103,15 @@ def _linear_chain_cuda(
     if not is_aligned or not takes(x.shape[0], *weights):
         return _step_by_step("cuda", x, residual, output, mlp_norm, gate_up, down, next_norm, epsilons, qkv, qkv_bias)
     rows = x.shape[0]
-    middle, out = torch.empty_like(residual), torch.empty_like(residual)
+    middle, weighted, out, next_weighted = (torch.empty_like(residual) for _ in range(4))
     inner, squares = x.new_empty((rows, down.shape[1])), x.new_empty((2, rows, _MOST_PARTS), dtype=torch.float32)
     result = out if qkv is None else x.new_empty((rows, qkv.shape[0]))
     launch = _launch(_shapes(rows, *weights))
-    maps = [one for ranges, each in zip(launch.ranges, weights, strict=True) for one in ranges.weight_maps(each)]
+    products = zip(launch.ranges, weights, (x, weighted, inner, next_weighted), strict=False)
+    maps = [one for ranges, weight, of in products for one in ranges.maps(weight, of)]
     launch.run(
-        *maps, *maps[: 8 - len(maps)], x, residual, middle, mlp_norm, inner, out, next_norm,
-        0 if qkv_bias is None else qkv_bias, result, squares, next(launch.zeros), *epsilons,
+        *maps, *maps[: 12 - len(maps)], residual, mlp_norm, next_norm, 0 if qkv_bias is None else qkv_bias,
+        middle, weighted, inner, out, next_weighted, result, squares, next(launch.zeros), *epsilons,
     )  # fmt: skip
     return out, RMS_NORM.direct("cuda")(out, next_norm, epsilons[1]) if qkv is None else result
 
@@ -128,7 +127,7 @@ def _launch(shapes: tuple[Shape, ...]) -> _Launch:
     numbers = [number for each in ranges for number in each.numbers] + [0, 0, 0] * (4 - len(ranges))
     num_x_stages, num_stages = small_linear_tiles.stages(first)
     parts = ranges[0].clusters, ranges[2].clusters
-    sizes = first.width, *parts, len(shapes), first.rows, num_stages, num_x_stages
+    sizes = *parts, len(shapes), first.rows, num_stages, num_x_stages
     return _Launch(lambda *places: function(grid, _THREADS, *places, *numbers, *sizes), ranges, counters(first.device))
 
 

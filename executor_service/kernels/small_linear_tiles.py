@@ -29,7 +29,7 @@ _MOST_X_STAGES: Final = 3
 """Of so many rows that weights need the room more."""
 SPLITS: Final = 2
 """Blocks of a cluster: each has so many columns of its tiles."""
-_SCRATCH_BYTES: Final = 512 * _WARPS + 16 * _WARPS + 16 + 1024
+_SCRATCH_BYTES: Final = 512 * _WARPS + 16 * _WARPS + 24 + 1024
 """Beside the rings and other blocks' sums: to turn elements, barriers, a chain's own, and what aligning takes."""
 SHARED_BYTES: Final = 224 * 1024
 """Of every block: one fits on a multiprocessor and small kernels' beside it, and the next kernel's takes its place."""
@@ -91,11 +91,12 @@ class Ranges:
         """As kernels take them: features, those of a cluster, steps of a block and tile."""
         return self.shape.features, self.units, ceil(self.shape.width / (_COLUMNS * SPLITS))
 
-    def weight_maps(self, weight: Tensor) -> tuple[object, object]:
-        """As kernels take them: of whole tiles, and of what a range has beyond them."""
+    def maps(self, weight: Tensor, x: Tensor) -> tuple[object, object, object]:
+        """As kernels take them: of whole tiles, of what a range has beyond them, of x."""
         rest = self.units % self.shape.units or min(self.units, self.shape.units)
         address = weight.data_ptr()
-        return _weight_map(self.shape, address, self.shape.units), _weight_map(self.shape, address, rest)
+        whole, last = (_weight_map(self.shape, address, units) for units in (self.shape.units, rest))
+        return whole, last, _x_map(self.shape, x.data_ptr())
 
 
 @cache
@@ -109,8 +110,7 @@ def launcher(shape: Shape) -> Callable[..., None]:
     grid, numbers = (ranges.clusters * SPLITS,), (shape.rows, *ranges.numbers, num_stages, num_x_stages)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | int, residual: Tensor | int, out: Tensor) -> None:
-        maps = *ranges.weight_maps(weight), _x_map(shape, x.data_ptr())
-        launch(grid, THREADS, *maps, bias, residual, out, *numbers)
+        launch(grid, THREADS, *ranges.maps(weight, x), bias, residual, out, *numbers)
 
     return run
 

@@ -24,7 +24,7 @@
 using std::min;
 
 constexpr int kLanes = 2;  // of 32: lane 0 and those with the other blocks' numbers arrive at barriers
-constexpr int kWarps = 13;
+constexpr int kWarps = 11;
 constexpr int kClusterBlocks = 2;
 constexpr unsigned kRankShift = 24, kAddress = (1u << kRankShift) - 1;
 

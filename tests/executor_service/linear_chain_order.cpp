@@ -1,10 +1,11 @@
-// The order in which blocks go through linear_chain: the kernel's own producers, loaders, clerks and consumers, with the
-// barriers of a host. Whoever fills a stage leaves a note of what it brought, products read it; whoever reads what a
-// product has made looks whether all of it was there.
+// The order in which blocks go through linear_chain: the kernel's own producers, clerks and consumers, with the barriers
+// of a host. Copies leave notes of what they brought, products read them; whoever reads what a product has
+// made looks whether all of it was there.
 #include "blocks_on_host.hpp"
 
 struct TensorMap {
     int link;
+    bool is_x;
     unsigned bytes;
 };
 struct bfloat16 {
@@ -18,23 +19,25 @@ struct Note {
 };
 static thread_local std::map<unsigned, Note>* notes;  // of this block, by address; the barriers order them
 static std::vector<std::unique_ptr<std::map<unsigned, Note>>> all_notes;
-static std::mutex notes_lock;
 static std::atomic<int> num_multiplied[4];  // lanes that have
 static int num_consumer_lanes;
 static unsigned num_arrived;
-static thread_local int link_now, next_column;
 
 static void check_made(int link) {
     if (num_multiplied[link] != num_consumer_lanes) fail("a product is read before all blocks have stored it");
 }
 
-static void copy_box(unsigned to, const TensorMap* map, int column, int row, unsigned barrier, unsigned long long) {
+static void copy_note(unsigned to, const TensorMap* map, int column, int first, unsigned barrier) {
     dawdle();
-    (*notes)[to] = {map->link, column, row, false};
+    if (map->is_x && map->link > 0) check_made(map->link - 1);
+    (*notes)[to] = {map->link, column, first, map->is_x};
     own_block().at(barrier).change(0, -static_cast<long>(map->bytes));
 }
+static void copy_box(unsigned to, const TensorMap* map, int column, int row, unsigned barrier, unsigned long long) {
+    copy_note(to, map, column, row, barrier);
+}
 static void copy_groups(unsigned to, const TensorMap* map, int column, int group, unsigned barrier, unsigned long long) {
-    copy_box(to, map, column, 8 * group, barrier, 0);
+    copy_note(to, map, column, 8 * group, barrier);
 }
 static unsigned long long read_once_policy() { return 0; }
 static unsigned long long keep_policy() { return 0; }
@@ -47,6 +50,7 @@ static void commit_products() {}
 // Instructions of a whole warp.
 template <int kPending = 0> static void wait_for_products() { __syncwarp(); }
 template <int kCount> static void settle(float (&)[kCount]) {}
+static thread_local int link_now, next_column;
 
 // A product of the next 64 columns of a tile: both operands are of the same, of this link.
 template <int kCount>
@@ -68,33 +72,12 @@ template <typename T> static float element_of(unsigned, int) { return 0; }
 static void turn_to_rows(unsigned (&)[4], const unsigned (&)[4], unsigned) {}
 static void turn_to_parts(unsigned (&)[4], const unsigned (&)[4], unsigned) {}
 static void store_words(void*, const unsigned (&)[4]) { dawdle(); }
-
-// x of each link, [rows, width] of elements that say where they lie; and what a norm has of it.
-constexpr int kWidth = 64 * 2 * 10;
-static bfloat16 xs[4][64 * kWidth], norm_weights[kWidth];
-static float sums_of_squares[64 * 72];
-
-static void load_words(unsigned (&to)[4], const void* from) {
-    const auto* element = static_cast<const bfloat16*>(from);
-    if (element >= norm_weights && element < norm_weights + kWidth) return;
-    const int link = static_cast<int>(element - xs[0]) / (64 * kWidth);
-    // A residual is the first product's x here, or what the first product gave.
-    if (link > 0) check_made(link - 1);
-    to[0] = link, to[1] = (element - xs[link]) % kWidth, to[2] = 1;
+static char middle[1];
+static void load_words(unsigned (&)[4], const void*) {
+    if (link_now == 2) check_made(0);
 }
-// Eight elements of x: packs lie as the tensor cores look for them.
-static void store_shared_words(unsigned to, const unsigned (&from)[4]) {
-    if (!from[2]) return;  // rows and columns that x does not have
-    const unsigned row = to / 128 % 8, pack = to / 16 % 8 ^ row;
-    if (from[1] % 64 != pack * 8) fail("a pack of x lies in another's place");
-    Note& note = (*notes)[to / 128 / 8 * 8 * 128];
-    const std::lock_guard lock(notes_lock);
-    note = {static_cast<int>(from[0]), static_cast<int>(from[1]) / 64 * 64, 0, true};
-}
-template <typename T> static void normalize(unsigned (&)[4], const unsigned (&)[4], float) {}
-static float scale_of(float, float) { return 0; }
-static float sum_of_eight(float value) { return value; }
 
+static void publish_global_writes() {}
 static void count_arrival(unsigned* counter) { ++std::atomic_ref(*counter); }
 static void wait_for_arrivals(unsigned* counter, unsigned target) {
     for (int i = 0; std::atomic_ref(*counter) < target; ++i) {
@@ -108,7 +91,7 @@ static unsigned count_leaving(unsigned* counter) { return std::atomic_ref(*count
 
 struct Chain {
     Link links[4] = {};
-    TensorMap whole[4], rest[4];
+    TensorMap whole[4], rest[4], x[4];
     int num_links, rows, num_stages, num_x_stages;
 };
 
@@ -130,7 +113,7 @@ template <int kRows> static void run_lane(const Chain& chain, int block, int thr
     if (warp < kConsumers) {
         follow(chain.links, chain.num_links,
                [&](const Link& link) {
-                   with_product(link, [](auto product) { product.consume(false, [](const unsigned (&)[4], int) {}); });
+                   with_product(link, [](auto product) { product.consume(false, NoHooks()); });
                    ++num_multiplied[link_now];
                },
                [&] {
@@ -140,34 +123,38 @@ template <int kRows> static void run_lane(const Chain& chain, int block, int thr
     } else if (warp == kConsumers) {
         for (int i = 0; i < chain.num_links; ++i)
             with_product(chain.links[i], [](auto product) { product.produce_weights(); });
-    } else {
-        const bool is_clerk = thread == 32 * (kConsumers + 1);
+    } else if (warp == kConsumers + 1) {
         follow(chain.links, chain.num_links,
-               [&](const Link& link) { Inputs<bfloat16, kRows>(link, room, chain.rows).produce(); },
+               [&](const Link& link) { with_product(link, [](auto product) { product.produce_inputs(); }); },
                [&] {
-                   if (is_clerk) meeting.speak();
-                   __syncwarp();
+                   meeting.speak();
                    meeting.hear();
                });
-        if (is_clerk) meeting.leave();
+        meeting.leave();
+    } else {
+        follow(chain.links, chain.num_links,
+               [&](const Link& link) {
+                   if (link.task.weight_map->link) check_made(link.task.weight_map->link - 1);
+               },
+               [&] { meeting.hear(); });
     }
 }
 
 static void add_link(Chain& chain, int features, int steps, bool is_gated, int num_clusters) {
-    const int i = chain.num_links++, units = (features + 8 * num_clusters - 1) / (8 * num_clusters) * 8;
+    const int i = chain.num_links++, clusters = num_clusters, units = (features + 8 * clusters - 1) / (8 * clusters) * 8;
     const int tile = is_gated ? 64 : 128, rest = units % tile ? units % tile : min(units, tile);
     const unsigned row_bytes = is_gated ? 256 : 128;
-    chain.whole[i] = {i, tile * row_bytes};
-    chain.rest[i] = {i, rest * row_bytes};
-    Link& link = chain.links[i];
-    link.task = {&chain.whole[i], &chain.rest[i], nullptr, nullptr, i == 2 ? xs[1] : xs[0], nullptr, features, units, steps};
-    if (i % 2) link.task.residual = nullptr, link.norm_weight = norm_weights, link.squares = sums_of_squares;
-    link.is_gated = is_gated, link.x = xs[i], link.width = kWidth;
+    chain.whole[i] = {i, false, tile * row_bytes};
+    chain.rest[i] = {i, false, rest * row_bytes};
+    chain.x[i] = {i, true, static_cast<unsigned>((chain.rows + 7) / 8 * 8 * 128)};
+    chain.links[i].task = {&chain.whole[i], &chain.rest[i], &chain.x[i], nullptr, i % 2 ? nullptr : middle, middle,
+                           features, units, steps};
+    chain.links[i].is_gated = is_gated;
 }
 
 template <int kRows> static void check(int rows, int num_links, const int (&features)[4], const int (&steps)[4]) {
     constexpr int kClusters = 2, kBlocks = kClusters * kClusterBlocks;
-    Chain chain{{}, {}, {}, 0, rows, 5, 3};
+    Chain chain{{}, {}, {}, {}, 0, rows, 5, 3};
     for (int i = 0; i < num_links; ++i) add_link(chain, features[i], steps[i], i == 1, kClusters);
     for (int i = 0; i < 4; ++i) num_multiplied[i] = 0;
     gridDim.x = kBlocks, num_consumer_lanes = kBlocks * kConsumers * kLanes;
@@ -181,13 +168,13 @@ template <int kRows> static void check(int rows, int num_links, const int (&feat
         for (int i = 0; i < chain.num_x_stages; ++i) (*all_notes[block])[room.inputs.data + i * room.inputs.stride] = {};
         blocks[block]->sums_begin = room.exchange.buffer;
         blocks[block]->sums.assign(kConsumers * Room<kRows>::Sums::kBytes, 0);
-        room.init(kLoaders);
+        room.init();
         Meeting{room.end, room.end + 8, &num_arrived, 0, 0}.init();
     }
     std::vector<std::jthread> threads;
     for (int block = 0; block < kBlocks; ++block)
         for (int warp = 0; warp < kWarps; ++warp)
-            for (int lane = 0; lane < (warp == kConsumers ? 1 : kLanes); ++lane)
+            for (int lane = 0; lane < (warp < kConsumers ? kLanes : 1); ++lane)
                 threads.emplace_back([&, block, thread = 32 * warp + lane] { run_lane<kRows>(chain, block, thread); });
     threads.clear();
     if (num_arrived) fail("the counter is not left at zero");

@@ -30,6 +30,9 @@ __device__ __forceinline__ void init_barrier(unsigned barrier, unsigned arrivals
 // Makes ordinary writes to shared memory visible to bulk and tensor copies, and to products of a warpgroup.
 __device__ __forceinline__ void publish_shared_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// The same of memory: ordinary writes before, by whomever, and copies after.
+__device__ __forceinline__ void publish_global_writes() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 __device__ __forceinline__ void arrive(unsigned barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }

@@ -1,41 +1,41 @@
-// Arithmetic of linear_chain on packs of eight elements: norms, as rms_norm.cu rounds them.
+// Arithmetic of linear_chain on packs of eight elements, and a row's sum of squares.
 #pragma once
 
 #include "packs.cuh"
 
-template <typename T> __device__ __forceinline__ Floats<8> floats_in(const unsigned (&words)[4]) {
-    Floats<8> floats;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) split(words[i], floats.elements[2 * i], floats.elements[2 * i + 1], T());
-    return floats;
-}
-
 template <typename T> __device__ __forceinline__ float sum_of_squares(const unsigned (&words)[4]) {
-    const Floats<8> x = floats_in<T>(words);
     float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sum += x.elements[i] * x.elements[i];
+    for (int i = 0; i < 4; ++i) {
+        float low, high;
+        split(words[i], low, high, T());
+        sum += low * low;
+        sum += high * high;
+    }
     return sum;
 }
 
-// Rounded before the weight, as the models that transformers has do it.
 template <typename T>
-__device__ __forceinline__ void normalize(unsigned (&words)[4], const unsigned (&factors)[4], float scale) {
+__device__ __forceinline__ void multiply_words(unsigned (&to)[4], const unsigned (&words)[4], const unsigned (&by)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         float low, high, low_factor, high_factor;
         split(words[i], low, high, T());
-        split(pair_of(low * scale, high * scale, T()), low, high, T());
-        split(factors[i], low_factor, high_factor, T());
-        words[i] = pair_of(low * low_factor, high * high_factor, T());
+        split(by[i], low_factor, high_factor, T());
+        to[i] = pair_of(low * low_factor, high * high_factor, T());
     }
 }
 
-__device__ __forceinline__ float scale_of(float mean_square, float epsilon) { return rsqrtf(mean_square + epsilon); }
-
-// Of eight lanes side by side, in the same order for all.
-__device__ __forceinline__ float sum_of_eight(float value) {
+// Of the first `count` of kMost parts, in the same order for all. The address is a multiple of 16.
+template <int kMost> __device__ __forceinline__ float sum_of_parts(const float* parts, int count) {
+    static_assert(kMost % 4 == 0);
+    Pack<float, 4> packs[kMost / 4];
 #pragma unroll
-    for (int offset = 4; offset; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-    return value;
+    for (int i = 0; i < kMost / 4; ++i)
+        if (4 * i < count) packs[i] = load<float, 4>(parts + 4 * i);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kMost; ++i)
+        if (i < count) sum += packs[i / 4].elements[i % 4];
+    return sum;
 }

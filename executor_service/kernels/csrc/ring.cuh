@@ -5,7 +5,7 @@
 
 #if __CUDA_ARCH__ >= 900
 
-// Barriers and stages of a ring; `full` ends when writers have arrived and their copies have come, `empty` when all consumers have read.
+// Barriers and stages of a ring; `full` ends when copies have come, `empty` when all consumers have read.
 struct Ring {
     unsigned data, stride, full, empty;
     int stages, stage;
@@ -19,9 +19,9 @@ struct Ring {
         stage = 0;
         parity ^= 1;
     }
-    __device__ void init(int readers, int writers = 1) const {
+    __device__ void init(int readers) const {
         for (int i = 0; i < stages; ++i) {
-            init_barrier(full + 8 * i, writers);
+            init_barrier(full + 8 * i, 1);
             init_barrier(empty + 8 * i, readers);
         }
     }

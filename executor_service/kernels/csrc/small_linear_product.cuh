@@ -19,7 +19,7 @@ struct Task {
 __device__ __forceinline__ void bring_maps_near(const Task& task) {
     bring_near(task.weight_map);
     bring_near(task.rest_map);
-    if (task.x_map) bring_near(task.x_map);
+    bring_near(task.x_map);
 }
 
 constexpr int kTileRows = 128;
@@ -52,14 +52,21 @@ template <int kRows> struct Room {
     }
 
     // By one thread of the block.
-    __device__ void init(int writers_of_inputs = 1) const {
+    __device__ void init() const {
         weights.init(kConsumers);
-        inputs.init(kConsumers, writers_of_inputs);
+        inputs.init(kConsumers);
         for (int i = 0; i < kConsumers; ++i) {
             init_barrier(sums_full + 8 * i, 1);
             init_barrier(sums_full + 8 * (kConsumers + i), kSplits - 1);
         }
     }
+};
+
+// What else consumers do: before a tile, from a lane's first feature on, with a tile's sums, and with what a lane has stored.
+struct NoHooks {
+    __device__ void begun(int, int) const {}
+    template <int kCount> __device__ void added(float (&)[kCount]) const {}
+    __device__ void stored(const unsigned (&)[4], int, long long) const {}
 };
 
 template <typename T, int kRows, bool kGated> struct Product {
@@ -184,14 +191,14 @@ template <typename T, int kRows, bool kGated> struct Product {
         }
     }
 
-    template <typename Stored>
-    __device__ void store_chunk(const unsigned (&parts)[4], int first, int chunk, const Stored& stored) const {
+    template <typename Hooks>
+    __device__ void store_chunk(const unsigned (&parts)[4], int first, int chunk, Hooks& hooks) const {
         const Place at = place(first, chunk);
         unsigned row[4];
         turn_to_rows(row, parts, scratch);
         if (!at.exists) return;
         store_words(static_cast<T*>(task.out) + offset(at), row);
-        stored(row, chunk);
+        hooks.stored(row, chunk, offset(at));
     }
 
     __device__ float bias_of(int feature) const {
@@ -199,8 +206,8 @@ template <typename T, int kRows, bool kGated> struct Product {
         return bias && feature < end ? to_float(bias[feature]) : 0.0f;
     }
 
-    template <typename Stored>
-    __device__ void put_plain(const Own& own, const Chunks& residual, int first, const Stored& stored) const {
+    template <typename Hooks>
+    __device__ void put_plain(const Own& own, const Chunks& residual, int first, Hooks& hooks) const {
         const float biases[2] = {bias_of(first + lane() / 4), bias_of(first + lane() / 4 + 8)};
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -213,7 +220,7 @@ template <typename T, int kRows, bool kGated> struct Product {
                 parts[i] = pair<T>(own[at] + (biases[i % 2] + element_of<T>(parts[i], 0)),
                                    own[at + 1] + (biases[i % 2] + element_of<T>(parts[i], 1)));
             }
-            store_chunk(parts, first, chunk, stored);
+            store_chunk(parts, first, chunk, hooks);
         }
     }
 
@@ -222,7 +229,7 @@ template <typename T, int kRows, bool kGated> struct Product {
         return rounded<T>(silu<T>(rounded<T>(gate))) * rounded<T>(up);
     }
 
-    template <typename Stored> __device__ void put_gated(const Own& own, int first, const Stored& stored) const {
+    template <typename Hooks> __device__ void put_gated(const Own& own, int first, Hooks& hooks) const {
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk) {
             unsigned parts[4] = {};
@@ -232,22 +239,24 @@ template <typename T, int kRows, bool kGated> struct Product {
                 if (at >= Sums::kOwn * 4) break;
                 parts[i] = pair<T>(gated(own[at], own[at + 2]), gated(own[at + 1], own[at + 3]));
             }
-            store_chunk(parts, first, chunk, stored);
+            store_chunk(parts, first, chunk, hooks);
         }
     }
 
-    // `is_last`: nobody adds up with this warp's room any more. `stored` is told what a lane has stored of a chunk.
-    template <typename Stored> __device__ void consume(bool is_last, const Stored& stored) {
+    // `is_last`: nobody adds up with this warp's room any more.
+    template <typename Hooks> __device__ void consume(bool is_last, Hooks&& hooks) {
         for (int tile = begin; tile < end; tile += kUnits) {
             const int first = tile + threadIdx.x / 32 * kWarpUnits;
             Chunks residual;
             Accumulators sums;
             Own own;
             if (!kGated) fetch_residual(residual, first);
+            hooks.begun(place(first, 0).feature, end);
             multiply(sums);
             exchange.add_up(own, sums, is_last && tile + kUnits >= end);
-            if constexpr (kGated) put_gated(own, first, stored);
-            else put_plain(own, residual, first, stored);
+            hooks.added(own);
+            if constexpr (kGated) put_gated(own, first, hooks);
+            else put_plain(own, residual, first, hooks);
         }
     }
 };

@@ -18,7 +18,7 @@ from tests.executor_service.gpu.tensors import ERRORS, SEEDS, close, poison, ran
 
 pytestmark = pytest.mark.gpu
 
-HALVES = [torch.float16, torch.bfloat16]
+DTYPE = torch.bfloat16
 EPSILONS = (1e-5, 1e-6)
 ROUNDINGS = 3
 """How much further from float64 than one op may be what so many have made one after the other."""
@@ -45,7 +45,9 @@ class Layer:
     qkv_bias: Tensor | None
 
     @classmethod
-    def random(cls, sizes: tuple[int, int, int, int], dtype: torch.dtype, seed: int, *, has_bias: bool) -> Layer:
+    def random(
+        cls, sizes: tuple[int, int, int, int], seed: int, *, has_bias: bool, dtype: torch.dtype = DTYPE
+    ) -> Layer:
         """`sizes` of what attention gives, hidden, inner, qkv (0: none)."""
         attention, hidden, inner, qkv = sizes
         seeds = itertools.count(seed)
@@ -115,39 +117,34 @@ def is_close(got: Tensor, expected: Tensor) -> bool:
     st.sampled_from([8, 200, 2816]),
     st.sampled_from([0, 96, 3072]),
     st.booleans(),
-    st.sampled_from(HALVES),
     SEEDS,
 )
-def test_linear_chain(
-    rows: int, attention: int, hidden: int, inner: int, qkv: int, has_bias: bool, dtype: torch.dtype, seed: int
-) -> None:
-    layer = Layer.random((attention, hidden, inner, qkv), dtype, seed, has_bias=has_bias)
-    x, residual = random((rows, attention), dtype, seed + 20), random((rows, hidden), dtype, seed + 21)
+def test_linear_chain(rows: int, attention: int, hidden: int, inner: int, qkv: int, has_bias: bool, seed: int) -> None:
+    layer = Layer.random((attention, hidden, inner, qkv), seed, has_bias=has_bias)
+    x, residual = random((rows, attention), DTYPE, seed + 20), random((rows, hidden), DTYPE, seed + 21)
     for got, expected in zip(layer(x, residual), layer.exact(x, residual), strict=True):
         assert got.shape == expected.shape
         assert is_close(got, expected)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("sizes", [(4096, 4096, 11008, 12288), (4096, 4096, 14336, 6144)], ids=["llama", "mistral"])
-def test_large(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    """A decoder's own sizes: the residual stream is that of the steps but for the norm's last bits; the same again."""
-    layer = Layer.random(sizes, dtype, 3, has_bias=False)
-    x, residual = random((MOST_ROWS, sizes[0]), dtype, 1), random((MOST_ROWS, sizes[1]), dtype, 2)
+def test_large(sizes: tuple[int, int, int, int]) -> None:
+    """A decoder's own sizes: as the steps but for roundings, and the same again."""
+    layer = Layer.random(sizes, 3, has_bias=False)
+    x, residual = random((MOST_ROWS, sizes[0]), DTYPE, 1), random((MOST_ROWS, sizes[1]), DTYPE, 2)
     for rows in (1, 2, 7, 8, 9, 16, 17, 24, 32, 33, 48, MOST_ROWS):
         got = layer(x[:rows], residual[:rows])
         for ours, steps in zip(got, layer.by_steps(x[:rows], residual[:rows]), strict=True):
-            assert (ours.double() - steps.double()).norm() <= ERRORS[dtype] / 4 * steps.double().norm()
+            assert (ours.double() - steps.double()).norm() <= ERRORS[DTYPE] / 2 * steps.double().norm()
             close(ours, steps.double())
         for _ in range(5):
             again = layer(x[:rows], residual[:rows])
             assert all(map(torch.equal, got, again))
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_rows_do_not_see_each_other(dtype: torch.dtype) -> None:
-    layer = Layer.random((512, 1008, 1016, 1520), dtype, 4, has_bias=True)
-    x, residual = random((MOST_ROWS, 512), dtype, 5), random((MOST_ROWS, 1008), dtype, 6)
+def test_rows_do_not_see_each_other() -> None:
+    layer = Layer.random((512, 1008, 1016, 1520), 4, has_bias=True)
+    x, residual = random((MOST_ROWS, 512), DTYPE, 5), random((MOST_ROWS, 1008), DTYPE, 6)
     everything = layer(x, residual)
     for rows in (1, 5, 8, 16, 30, 40, 63):
         got = layer(x[:rows], residual[:rows])
@@ -160,8 +157,8 @@ def test_rows_do_not_see_each_other(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rows", [1, 16, 40, 64])
 def test_layers_in_a_graph(rows: int) -> None:
     """Each kernel begins while its predecessor runs, and counters are left as they were, at every replay."""
-    layers = [Layer.random((1024, 1024, 2816, 1024), torch.bfloat16, seed, has_bias=False) for seed in range(6)]
-    x, residual = random((rows, 1024), torch.bfloat16, 7), random((rows, 1024), torch.bfloat16, 8)
+    layers = [Layer.random((1024, 1024, 2816, 1024), seed, has_bias=False) for seed in range(6)]
+    x, residual = random((rows, 1024), DTYPE, 7), random((rows, 1024), DTYPE, 8)
 
     def run(by_steps: bool) -> tuple[Tensor, Tensor]:
         stream, hidden = residual, x
@@ -175,7 +172,7 @@ def test_layers_in_a_graph(rows: int) -> None:
     expected = run(by_steps=True)
     first = run(by_steps=False)
     for got, wanted in zip(first, expected, strict=True):
-        assert (got.double() - wanted.double()).norm() <= ERRORS[torch.bfloat16] * wanted.double().norm()
+        assert (got.double() - wanted.double()).norm() <= ERRORS[DTYPE] * wanted.double().norm()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = run(by_steps=False)
@@ -186,11 +183,11 @@ def test_layers_in_a_graph(rows: int) -> None:
         assert all(map(torch.equal, results, first))
 
 
-def test_what_it_leaves_to_its_steps() -> None:
-    layer = Layer.random((64, 144, 200, 96), torch.bfloat16, 9, has_bias=True)
-    rows = MOST_ROWS + 1
+@pytest.mark.parametrize(("rows", "dtype"), [(MOST_ROWS + 1, DTYPE), (5, torch.float16)])
+def test_what_it_leaves_to_its_steps(rows: int, dtype: torch.dtype) -> None:
+    layer = Layer.random((64, 144, 200, 96), 9, has_bias=True, dtype=dtype)
     assert not takes(rows, *layer.weights)
-    x, residual = random((rows, 64), torch.bfloat16, 10), random((rows, 144), torch.bfloat16, 11)
+    x, residual = random((rows, 64), dtype, 10), random((rows, 144), dtype, 11)
     got = linear_chain(
         x, residual, layer.output, layer.mlp_norm, layer.gate_up, layer.down, layer.next_norm, EPSILONS,
         layer.qkv, layer.qkv_bias,
@@ -198,10 +195,9 @@ def test_what_it_leaves_to_its_steps() -> None:
     assert all(map(torch.equal, got, layer.by_steps(x, residual)))
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_opcheck(dtype: torch.dtype) -> None:
-    layer = Layer.random((64, 144, 200, 96), dtype, 12, has_bias=True)
-    x, residual = random((3, 64), dtype, 13), random((3, 144), dtype, 14)
+def test_opcheck() -> None:
+    layer = Layer.random((64, 144, 200, 96), 12, has_bias=True)
+    x, residual = random((3, 64), DTYPE, 13), random((3, 144), DTYPE, 14)
     weights = layer.output, layer.mlp_norm, layer.gate_up, layer.down, layer.next_norm
     for last in ((None, None), (layer.qkv, None), (layer.qkv, layer.qkv_bias)):
         torch.library.opcheck(torch.ops.diptych.linear_chain.default, (x, residual, *weights, EPSILONS, *last))
