@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Final
@@ -10,7 +11,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from executor_service.kernels.cuda.counters import counters
 from executor_service.kernels.cuda.module import (
     BY_VALUE,
     FLOAT,
@@ -33,6 +33,8 @@ _GENERAL_WARPS: Final = 4
 _MMA_KEYS: Final = 64
 _WGMMA_THREADS: Final = 384
 _TENSOR_CORE_HEADS: Final = (64, 128)
+_NUM_COUNTERS: Final = 256
+_KEPT: Final[list[Tensor]] = []
 
 
 def paged_prefill_attention(
@@ -177,7 +179,7 @@ def _wgmma(device: int, dtype: torch.dtype, head_dim: int, has_spans: bool = Fal
     shared_bytes = (2 * _ROWS + 4 * _KEYS) * head_dim * dtype.itemsize + 2048
     name = f"{_SOURCE}_wgmma_{dtype_name(dtype)}_{head_dim}" + "_spans" * has_spans
     run = kernel(f"{_SOURCE}_wgmma", name, types, shared_bytes, is_dependent=True)
-    num_blocks, zeros = num_multiprocessors(device), counters(device)
+    num_blocks, counters = num_multiprocessors(device), itertools.cycle(_counters(device))
 
     def launch(tensors: tuple[Tensor, ...], sizes: tuple[int, int], variant: _Variant) -> None:
         query, k_cache, v_cache, block_tables, cu_seqlens, seq_lens, out = tensors
@@ -185,11 +187,22 @@ def _wgmma(device: int, dtype: torch.dtype, head_dim: int, has_spans: bool = Fal
         k_map, v_map = _cache_map(k_cache), _cache_map(v_cache)
         grid = (min(num_blocks, sizes[0] * -(-sizes[1] // _ROWS) * num_heads),)
         run(
-            grid, _WGMMA_THREADS, k_map, v_map, query, block_tables, cu_seqlens, seq_lens, out, next(zeros),
+            grid, _WGMMA_THREADS, k_map, v_map, query, block_tables, cu_seqlens, seq_lens, out, next(counters),
             sizes[0], num_heads, shape[2], shape[1], block_tables.stride(0), *variant,
         )  # fmt: skip
 
     return launch
+
+
+@cache
+def _counters(device: int) -> list[int]:
+    """Addresses of zeros, which a launch counts with and leaves behind; many, since two streams must not share one."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("prefill attention has to run once before a graph of it is captured")
+    numbers = torch.zeros(_NUM_COUNTERS, dtype=torch.int32, device=f"cuda:{device}")
+    torch.cuda.synchronize(device)
+    _KEPT.append(numbers)
+    return list(range(numbers.data_ptr(), numbers.data_ptr() + numbers.nbytes, numbers.itemsize))
 
 
 def _cache_map(cache: Tensor) -> Any:

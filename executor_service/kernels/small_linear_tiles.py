@@ -15,23 +15,22 @@ from executor_service.kernels.cuda.module import BY_VALUE, INT, POINTER, dtype_n
 from executor_service.kernels.cuda.tensor_map import tensor_map
 
 MOST_ROWS: Final = 128
-_SOURCE: Final = "small_linear_tiles"
 _ROWS: Final = (16, 32, 64, 96, 128)
 """That kernels are compiled for."""
 _TILE_ROWS: Final = 128
 _COLUMNS: Final = 64
 _TILE_BYTES: Final = _TILE_ROWS * _COLUMNS * 2
 _WARPS: Final = 8
-THREADS: Final = 32 * (_WARPS + 2)
+_THREADS: Final = 32 * (_WARPS + 2)
 _X_STAGES: Final = 8
 """Or as many as there are of weights: the copy engine brings x behind all the weights that were asked for before it."""
 _MOST_X_STAGES: Final = 3
 """Of so many rows that weights need the room more."""
 SPLITS: Final = 2
 """Blocks of a cluster: each has so many columns of its tiles."""
-_SCRATCH_BYTES: Final = 512 * _WARPS + 16 * _WARPS + 24 + 1024
-"""Beside the rings and other blocks' sums: to turn elements, barriers, a chain's own, and what aligning takes."""
-SHARED_BYTES: Final = 224 * 1024
+_SCRATCH_BYTES: Final = 512 * _WARPS + 16 * _WARPS + 1024
+"""Beside the rings and other blocks' sums: to turn elements, barriers, and what aligning takes."""
+_SHARED_BYTES: Final = 224 * 1024
 """Of every block: one fits on a multiprocessor and small kernels' beside it, and the next kernel's takes its place."""
 
 
@@ -73,44 +72,22 @@ def _is_hopper(device: int) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
-@dataclass(frozen=True)
-class Ranges:
-    """How clusters share a product: `clusters` of them, each with `units` features (the last perhaps with fewer)."""
-
-    shape: Shape
-    clusters: int
-    units: int
-
-    @classmethod
-    def among(cls, most_clusters: int, shape: Shape) -> Ranges:
-        """Equal ones."""
-        return cls(shape, *division(shape.features, most_clusters))
-
-    @property
-    def numbers(self) -> tuple[int, int, int]:
-        """As kernels take them: features, those of a cluster, steps of a block and tile."""
-        return self.shape.features, self.units, ceil(self.shape.width / (_COLUMNS * SPLITS))
-
-    def maps(self, weight: Tensor, x: Tensor) -> tuple[object, object, object]:
-        """As kernels take them: of whole tiles, of what a range has beyond them, of x."""
-        rest = self.units % self.shape.units or min(self.units, self.shape.units)
-        address = weight.data_ptr()
-        whole, last = (_weight_map(self.shape, address, units) for units in (self.shape.units, rest))
-        return whole, last, _x_map(self.shape, x.data_ptr())
-
-
 @cache
 def launcher(shape: Shape) -> Callable[..., None]:
     """Takes x, weight, bias, residual, out; of bias and residual 0 where there is none."""
     types = (*[BY_VALUE] * 3, *[POINTER] * 3, *[INT] * 6)
     name = f"small_linear_tiles_{dtype_name(shape.dtype)}_{shape.kind}_{shape.compiled_rows}"
-    launch = kernel(_SOURCE, name, types, SHARED_BYTES, SPLITS, is_dependent=True)
-    ranges = Ranges.among(most_clusters(_SOURCE, name, types, THREADS), shape)
+    launch = kernel("small_linear_tiles", name, types, _SHARED_BYTES, SPLITS, is_dependent=True)
+    clusters, units = division(shape.features, _most_clusters(name, types))
+    rest = units % shape.units or min(units, shape.units)
+    steps = ceil(shape.width / (_COLUMNS * SPLITS))
     num_x_stages, num_stages = stages(shape)
-    grid, numbers = (ranges.clusters * SPLITS,), (shape.rows, *ranges.numbers, num_stages, num_x_stages)
+    numbers = shape.rows, shape.features, units, steps, num_stages, num_x_stages
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | int, residual: Tensor | int, out: Tensor) -> None:
-        launch(grid, THREADS, *ranges.maps(weight, x), bias, residual, out, *numbers)
+        address = weight.data_ptr()
+        maps = _weight_map(shape, address, shape.units), _weight_map(shape, address, rest), _x_map(shape, x.data_ptr())
+        launch((clusters * SPLITS,), _THREADS, *maps, bias, residual, out, *numbers)
 
     return run
 
@@ -121,13 +98,13 @@ def division(features: int, most_clusters: int) -> tuple[int, int]:
     return ceil(features / units), units
 
 
-def most_clusters(source: str, name: str, types: tuple[Any, ...], threads: int) -> int:
+def _most_clusters(name: str, types: tuple[Any, ...]) -> int:
     """That run at the same time: a cluster lies within one part of the GPU, and not every part holds whole ones."""
     from cuda.bindings import driver
 
-    alone = kernel(source, name, types, SHARED_BYTES, SPLITS)
+    alone = kernel("small_linear_tiles", name, types, _SHARED_BYTES, SPLITS)
     config = alone.config
-    config.gridDimX, config.gridDimY, config.gridDimZ, config.blockDimX = 1024 * SPLITS, 1, 1, threads
+    config.gridDimX, config.gridDimY, config.gridDimZ, config.blockDimX = 1024 * SPLITS, 1, 1, _THREADS
     status, count = driver.cuOccupancyMaxActiveClusters(alone.function, config)
     if status.value or not count:
         raise RuntimeError(f"no cluster of {SPLITS} blocks fits on the GPU: {status.name}")
@@ -139,7 +116,7 @@ def stages(shape: Shape) -> tuple[int, int]:
     own_groups = ceil(shape.compiled_rows / (8 * SPLITS))
     sums_bytes = _WARPS * (SPLITS - 1) * min(own_groups, 2) * 512
     x_bytes, tile_bytes = 8 * ceil(shape.rows / 8) * _COLUMNS * 2 + 16, _TILE_BYTES + 16
-    room = SHARED_BYTES - _SCRATCH_BYTES - sums_bytes
+    room = _SHARED_BYTES - _SCRATCH_BYTES - sums_bytes
     most = _MOST_X_STAGES if shape.compiled_rows == MOST_ROWS else _X_STAGES
     num_x_stages = min(most, room // (x_bytes + tile_bytes))
     return num_x_stages, (room - num_x_stages * x_bytes) // tile_bytes

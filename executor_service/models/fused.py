@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 from typing import Any, Final, Self
 
@@ -17,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaModel, MistralModel, Qwen2Model
 
-from executor_service.kernels import linear_chain
-from executor_service.kernels.linear_chain import LINEAR_CHAIN
 from executor_service.kernels.rms_norm import RMS_NORM
 from executor_service.kernels.rotary_write_kv import ROTARY_WRITE_KV
 from executor_service.layers.attention import paged_attention
@@ -65,11 +62,6 @@ class _Layer:
         first, bias = self.output.weight.shape[1], self.qkv.bias
         return Linear(self.qkv.weight[first:], None if bias is None else bias[first:])
 
-    @cached_property
-    def is_chain(self) -> bool:
-        """Whether the products behind attention are all that a chain has: they have no bias."""
-        return self.output.bias is self.gate_up.bias is self.down.bias is None
-
     def mlp_added_to(self, hidden: Tensor, residual: Tensor) -> Tensor:
         """`residual` + MLP, as `Linear.added_to`: many rows in even slices, each added in its place."""
         num_slices = -(-len(hidden) // MAX_MLP_ROWS)
@@ -86,12 +78,10 @@ class FusedDecoder:
     def __init__(self, layers: Sequence[_Layer], norm: _Norm, cos_sin: Tensor) -> None:
         self._layers = layers
         self._next_norms = [*(layer.attention_norm for layer in layers[1:]), norm]
-        self._next_qkvs = [*(layer.qkv for layer in layers[1:]), None]
         self._last_keys_and_values = layers[-1].keys_and_values()
         self._cos_sin = cos_sin
         device = norm.weight.device.type
         self._rms_norm, self._rotary_write_kv = RMS_NORM.direct(device), ROTARY_WRITE_KV.direct(device)
-        self._linear_chain = LINEAR_CHAIN.direct(device)
 
     @classmethod
     def of(cls, decoder: nn.Module) -> Self | None:
@@ -112,8 +102,6 @@ class FusedDecoder:
         context = current_context()
         batch = context.metadata
         residual = inputs_embeds
-        if requests is None and self._chains(len(residual)):
-            return self._in_chains(residual, positions)
         # One name for whatever is only the next operation's input: what is not needed any more must not be there while
         # gate and up are, which take most of a step.
         hidden = self._norm(residual, self._layers[0].attention_norm)
@@ -129,28 +117,6 @@ class FusedDecoder:
             hidden = self._norm(residual, layer.mlp_norm)
             residual = layer.mlp_added_to(hidden, residual)
             hidden = self._norm(residual, next_norm)
-        return hidden
-
-    def _chains(self, num_tokens: int) -> bool:
-        """Whether there is a kernel for all that is between one layer's attention and the next one's."""
-        first = self._layers[0]
-        weights = (linear.weight for linear in (first.output, first.gate_up, first.down, first.qkv))
-        return first.is_chain and linear_chain.takes(num_tokens, *weights)
-
-    def _in_chains(self, residual: Tensor, positions: Tensor) -> Tensor:
-        """The same for few tokens: three kernels a layer."""
-        context = current_context()
-        hidden = self._layers[0].qkv(self._norm(residual, self._layers[0].attention_norm))
-        for layer, cache, norm, qkv in zip(
-            self._layers, context.kv_caches, self._next_norms, self._next_qkvs, strict=True
-        ):
-            hidden = self._write_kv(hidden, positions, cache, context.metadata)
-            hidden = paged_attention(hidden, cache, context.metadata, layer.scale, layer.sliding_window, 0.0)
-            residual, hidden = self._linear_chain(
-                hidden.flatten(1), residual, layer.output.weight, layer.mlp_norm.weight, layer.gate_up.weight,
-                layer.down.weight, norm.weight, (layer.mlp_norm.epsilon, norm.epsilon),
-                None if qkv is None else qkv.weight, None if qkv is None else qkv.bias,
-            )  # fmt: skip
         return hidden
 
     def _write_kv(self, qkv: Tensor, positions: Tensor, cache: KVCache, batch: AttentionMetadata) -> Tensor:

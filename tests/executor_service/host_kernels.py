@@ -17,10 +17,9 @@ FLAGS: Final = ("-std=c++20", "-O1", "-pthread", "-Wno-unknown-pragmas")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
-def check_on_host(folder: Path, driver: str, headers: Sequence[str], hardware: Sequence[str]) -> None:
-    """Run `driver` of this folder, which includes csrc/`headers`; those named in `hardware` are empty there."""
-    for header in headers:
-        shutil.copy(SOURCES / header, folder)
+def check_on_host(folder: Path, driver: str, header: str, hardware: Sequence[str]) -> None:
+    """Run `driver` of this folder, which includes csrc/`header`; headers named in `hardware` are empty there."""
+    shutil.copy(SOURCES / header, folder)
     for name in hardware:
         (folder / name).touch()
     program = folder / "program"

@@ -44,5 +44,5 @@ def test_rings_fit_and_hold_enough(rows: int) -> None:
 @needs_compiler
 def test_blocks_add_up_in_their_order(tmp_path: Path) -> None:
     check_on_host(
-        tmp_path, "small_linear_exchange.cpp", ["small_linear_tiles.cuh"], ["small_linear_parts.cuh", "warpgroup.cuh"]
+        tmp_path, "small_linear_exchange.cpp", "small_linear_tiles.cuh", ("small_linear_parts.cuh", "warpgroup.cuh")
     )

@@ -30,9 +30,6 @@ __device__ __forceinline__ void init_barrier(unsigned barrier, unsigned arrivals
 // Makes ordinary writes to shared memory visible to bulk and tensor copies, and to products of a warpgroup.
 __device__ __forceinline__ void publish_shared_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// The same of memory: ordinary writes before, by whomever, and copies after.
-__device__ __forceinline__ void publish_global_writes() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
-
 __device__ __forceinline__ void arrive(unsigned barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
@@ -51,25 +48,6 @@ __device__ __forceinline__ void wait_for_phase(unsigned barrier, unsigned parity
         "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         "@!done bra again;\n"
         "}\n" ::"r"(barrier), "r"(parity) : "memory");
-}
-
-// --- counters in memory, by which blocks learn of each other; what was written before an arrival is seen after it ---
-
-__device__ __forceinline__ void count_arrival(unsigned* counter) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-}
-
-__device__ __forceinline__ void wait_for_arrivals(const unsigned* counter, unsigned target) {
-    unsigned count;
-    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
-    while (count < target);
-}
-
-// How many there were before.
-__device__ __forceinline__ unsigned count_leaving(unsigned* counter) {
-    unsigned before;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-    return before;
 }
 
 #endif

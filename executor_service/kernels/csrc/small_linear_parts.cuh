@@ -1,9 +1,9 @@
-// What small_linear is built of: bulk copies, registers that turn, and the tensor cores' instruction.
+// What small_linear is built of: bulk copies, a ring of stages between barriers that they complete, and the tensor
+// cores' instruction.
 #pragma once
 
 #include "asynchronous.cuh"
 #include "numbers.cuh"
-#include "ring.cuh"
 
 // As silu_mul has it.
 template <typename T> __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
@@ -52,51 +52,32 @@ __device__ __forceinline__ void load_words(unsigned (&to)[4], const void* from) 
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from) : "memory");
 }
 
-__device__ __forceinline__ void store_words(void* to, const unsigned (&from)[4]) {
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(from[0]), "r"(from[1]), "r"(from[2]),
-                 "r"(from[3]) : "memory");
-}
-
 __device__ __forceinline__ void load_shared_words(unsigned (&to)[4], unsigned from) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
 }
 
-__device__ __forceinline__ void store_shared_words(unsigned to, const unsigned (&from)[4]) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(from[0]), "r"(from[1]), "r"(from[2]),
-                 "r"(from[3]) : "memory");
-}
+// Barriers and stages of a ring; `full` ends when copies have come, `empty` when all consumers have read.
+struct Ring {
+    unsigned data, stride, full, empty;
+    int stages, stage;
+    unsigned parity;
 
-// Two elements, the first in the lower half.
-template <typename T> __device__ __forceinline__ unsigned pair(float first, float second) {
-    return from_float<T>(first).bits | static_cast<unsigned>(from_float<T>(second).bits) << 16;
-}
-
-template <typename T> __device__ __forceinline__ float element_of(unsigned pair, int which) {
-    T element;
-    element.bits = static_cast<unsigned short>(which ? pair >> 16 : pair);
-    return to_float(element);
-}
-
-// Four 8x8 matrices change places: lane l has row l % 8 of matrix l / 8 in `rows`; in `parts`, of each matrix, elements
-// 2 (l % 4) and the next of column l / 4. The warp has 512 bytes at `scratch`.
-__device__ __forceinline__ void turn_to_rows(unsigned (&rows)[4], const unsigned (&parts)[4], unsigned scratch) {
-    const unsigned at = scratch + threadIdx.x % 32 * 16;
-    __syncwarp();
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(parts[0]),
-                 "r"(parts[1]), "r"(parts[2]), "r"(parts[3]) : "memory");
-    __syncwarp();
-    load_shared_words(rows, at);
-}
-
-__device__ __forceinline__ void turn_to_parts(unsigned (&parts)[4], const unsigned (&rows)[4], unsigned scratch) {
-    const unsigned at = scratch + threadIdx.x % 32 * 16;
-    __syncwarp();
-    store_shared_words(at, rows);
-    __syncwarp();
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(parts[0]), "=r"(parts[1]), "=r"(parts[2]), "=r"(parts[3]) : "r"(at) : "memory");
-}
+    __device__ unsigned here() const { return data + stage * stride; }
+    __device__ unsigned full_here() const { return full + 8 * stage; }
+    __device__ unsigned empty_here() const { return empty + 8 * stage; }
+    __device__ void advance() {
+        if (++stage < stages) return;
+        stage = 0;
+        parity ^= 1;
+    }
+    __device__ void init(int arrivals) const {
+        for (int i = 0; i < stages; ++i) {
+            init_barrier(full + 8 * i, 1);
+            init_barrier(empty + 8 * i, arrivals);
+        }
+    }
+};
 
 // sums[16][8] += a[16][16] b[16][8], fragments as in the PTX manual's m16n8k16.
 template <typename T>

@@ -20,7 +20,6 @@ from executor_service.engine.sampling_slots import SamplingSlots
 from executor_service.kernels.embed_merge import embed_merge
 from executor_service.kernels.image_patches import image_patches
 from executor_service.kernels.layer_norm import add_layer_norm, layer_norm
-from executor_service.kernels.linear_chain import linear_chain
 from executor_service.kernels.normalize import normalize
 from executor_service.kernels.paged_decode_attention import paged_decode_attention
 from executor_service.kernels.paged_prefill_attention import paged_prefill_attention
@@ -134,18 +133,6 @@ def launch_small_linear() -> Iterator[object]:
         yield small_linear_silu_mul(x, weight)
 
 
-def launch_linear_chain() -> Iterator[object]:
-    """Ends with and without the last product; weights just large enough for the kernel."""
-    hidden, inner = 1024, 1032
-    for dtype, (rows, qkv) in product(HALVES, [(1, 1032), (9, 0), (19, 1024), (40, 1024)]):
-        weights = [normal(*size, dtype=dtype) for size in ((hidden, hidden), (2 * inner, hidden), (hidden, inner))]
-        norms = normal(hidden, dtype=dtype), normal(hidden, dtype=dtype)
-        last = (normal(qkv, hidden, dtype=dtype), normal(qkv, dtype=dtype)) if qkv else (None, None)
-        x, residual = normal(rows, hidden, dtype=dtype), normal(rows, hidden, dtype=dtype)
-        torch.cuda.synchronize()
-        yield linear_chain(x, residual, weights[0], norms[0], *weights[1:], norms[1], (1e-5, 1e-6), *last)
-
-
 def paged(lengths: Sequence[int], kv_heads: int, dim: int, block_size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Caches of shuffled blocks with NaN wherever no token is, block tables, and the lengths."""
     widths = [-(-length // block_size) for length in lengths]
@@ -218,7 +205,6 @@ LAUNCHES: Final[dict[tuple[str, ...], Callable[[], Iterator[object]]]] = {
     ("silu_mul", "quick_gelu"): launch_activations,
     ("normalize",): launch_normalize,
     ("small_linear", "small_linear_silu_mul"): launch_small_linear,
-    ("linear_chain",): launch_linear_chain,
     ("paged_decode_attention",): launch_paged_decode_attention,
     ("paged_prefill_attention",): launch_paged_prefill_attention,
     ("sample",): launch_sample,

@@ -17,7 +17,6 @@ from transformers import AutoModelForImageTextToText
 
 from executor_service.engine.messages import TokenLogprobs
 from executor_service.engine.request import Request
-from executor_service.kernels import small_linear
 from tests.checkpoints import make_llava_checkpoint
 from tests.executor_service.conftest import Bench
 from tests.executor_service.gpu.booting import boot_on_gpu
@@ -31,7 +30,6 @@ MOST = 1.2
 CONFIGS = {
     "fused": {"decoder": "fused"},
     "fused without graphs": {"decoder": "fused", "cuda_graphs": False},
-    "fused, all products ours": {"decoder": "fused"},
     "fused, chunks": {"decoder": "fused", "max_num_batched_tokens": 48},
     "stock": {"decoder": "stock"},
 }
@@ -59,11 +57,7 @@ def models(narrow_checkpoint: Path, dtype: str) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_errors_are_transformers_own(
-    narrow_checkpoint: Path, dtype: str, models: tuple[Any, Any], config: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if config == "fused, all products ours":  # as where weights are large
-        monkeypatch.setattr(small_linear, "_MIN_ELEMENTS", 0)
+def test_errors_are_transformers_own(narrow_checkpoint: Path, dtype: str, models: tuple[Any, Any], config: str) -> None:
     bench = Bench(narrow_checkpoint, boot_on_gpu(narrow_checkpoint, dtype=dtype, **CONFIGS[config]), None)
     requests = mixed_requests(bench, NUM_REQUESTS, max_tokens=NUM_TOKENS, logprobs=NUM_LIKELIEST)
     said = bench.logprobs(requests)
