@@ -2,7 +2,8 @@
 
 Every layer is qkv, output, gate_up with SiLU, down; the first three take the same x, down what gate_up gave.
 The floor is the weights' bytes over the best read rate of the same run. cuBLAS runs the same chain with `silu_mul` for
-the gate, and the four matrices alone. Then every matrix of both geometries by itself.
+the gate, and the four matrices alone. Then the same as a decoder has it, with norms and the residual stream in between.
+Then every matrix of both geometries by itself.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.gpu.timing import PASSES, Ceilings, measure_ceilings, rotating_copies, seconds_each
 from benchmarks.results import make_parser, spread, write_result
+from executor_service.kernels.rms_norm import RMS_NORM
 from executor_service.kernels.silu_mul import SILU_MUL
 from executor_service.kernels.small_linear import SMALL_LINEAR, SMALL_LINEAR_SILU_MUL
 from executor_service.kernels.small_linear_tiles import MOST_ROWS
@@ -26,10 +28,12 @@ from executor_service.kernels.small_linear_tiles import MOST_ROWS
 DTYPE = torch.bfloat16
 LAYERS = 32
 WIDTH = 4096
+EPSILON = 1e-5
 GEOMETRIES = {"llama-7b": (3 * WIDTH, 11008), "mistral-7b": (WIDTH + 2 * 1024, 14336)}
 """Rows of the qkv matrix, and the MLP's inner width."""
 VOCABULARY = 32064
 ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128)
+LAYER_ROWS = (1, 8, 16, 32, 64)
 MATRIX_ROWS = (1, 8, 16, 64, 96, 128)
 REPLAYS = 5
 
@@ -49,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     rows = ROWS[:2] if options.quick else ROWS
     for name in list(GEOMETRIES)[: 1 if options.quick else None]:
         figures[f"chain, {name}"] = measure_chains(name, 4 if options.quick else LAYERS, rows, ceilings)
+        torch.cuda.empty_cache()
+    layer_rows = LAYER_ROWS[:1] if options.quick else LAYER_ROWS
+    for name in list(GEOMETRIES)[: 1 if options.quick else None]:
+        figures[f"layers, {name}"] = measure_layers(name, 4 if options.quick else LAYERS, layer_rows, ceilings)
         torch.cuda.empty_cache()
     if not options.quick:
         for features, width in matrices():
@@ -70,6 +78,23 @@ def measure_chains(name: str, num_layers: int, all_rows: Sequence[int], ceilings
         times = interleaved([partial(arm, layers, x) for arm in arms.values()])
         result[f"{rows} rows"] = {
             arm: figures_of(f"{name} x {num_layers}, {rows:2d} rows, {arm}", seconds, num_bytes, ceilings)
+            for arm, seconds in zip(arms, times, strict=True)
+        }
+    return result
+
+
+def measure_layers(name: str, num_layers: int, all_rows: Sequence[int], ceilings: Ceilings) -> dict[str, object]:
+    """All that a decoder has between attentions, per number of rows: ours, and cuBLAS with our small kernels."""
+    layers = [make_layer(*GEOMETRIES[name]) for _ in range(num_layers)]
+    num_bytes = sum(weight.numel() * weight.itemsize for layer in layers for weight in layer)
+    norm = torch.ones(WIDTH, device="cuda", dtype=DTYPE)
+    arms = {"small_linear": our_layers, "cublas": cublas_layers}
+    result: dict[str, object] = {"bytes": num_bytes}
+    for rows in all_rows:
+        x = normal(rows, WIDTH)
+        times = interleaved([partial(arm, layers, norm, x) for arm in arms.values()])
+        result[f"{rows} rows"] = {
+            arm: figures_of(f"{name} x {num_layers} with norms, {rows:2d} rows, {arm}", seconds, num_bytes, ceilings)
             for arm, seconds in zip(arms, times, strict=True)
         }
     return result
@@ -164,6 +189,28 @@ def our_chain(layers: Sequence[Layer], x: Tensor) -> None:
         linear(x, qkv, None, None)
         linear(x, output, None, x)
         linear(gated(x, gate_up), down, None, x)
+
+
+def our_layers(layers: Sequence[Layer], norm: Tensor, x: Tensor) -> None:
+    """Six kernels a layer; what attention would give is x."""
+    linear, gated = SMALL_LINEAR.direct("cuda"), SMALL_LINEAR_SILU_MUL.direct("cuda")
+    rms_norm = RMS_NORM.direct("cuda")
+    residual = x
+    for qkv, output, gate_up, down in layers:
+        residual = linear(x, output, None, residual)
+        residual = linear(gated(rms_norm(residual, norm, EPSILON), gate_up), down, None, residual)
+        linear(rms_norm(residual, norm, EPSILON), qkv, None, None)
+
+
+def cublas_layers(layers: Sequence[Layer], norm: Tensor, x: Tensor) -> None:
+    """Seven."""
+    silu_mul, rms_norm = SILU_MUL.direct("cuda"), RMS_NORM.direct("cuda")
+    residual = x.clone()
+    for qkv, output, gate_up, down in layers:
+        residual.addmm_(x, output.t())
+        inner = silu_mul(F.linear(rms_norm(residual, norm, EPSILON), gate_up))
+        residual.addmm_(inner, down.t())
+        F.linear(rms_norm(residual, norm, EPSILON), qkv)
 
 
 def cublas_chain(layers: Sequence[Layer], x: Tensor) -> None:
