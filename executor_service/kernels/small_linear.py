@@ -31,7 +31,7 @@ from executor_service.kernels.cuda.module import (
 from executor_service.kernels.library import define_op
 from executor_service.kernels.small_linear_tiles import Shape
 
-MAX_ROWS: Final = {0.0: small_linear_tiles.MOST_ROWS, 4e12: 64}
+MAX_ROWS: Final = {0.0: small_linear_tiles.MOST_ROWS, 4e12: 96}
 """Up to where it is ahead of cuBLAS, by the rate of the GPU's memory (docs/notes/small_linear.md).
 
 Memory that is faster for as many multiprocessors leaves them less time for each weight: on an H200 many rows take

@@ -55,7 +55,7 @@ def test_nothing_on_the_cpu_is_taken() -> None:
     assert not takes(1, torch.zeros((4096, 4096), dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize(("rate", "fewest", "most"), [(1.5e12, 2, 128), (3.35e12, 2, 128), (4.8e12, 0, 64)])
+@pytest.mark.parametrize(("rate", "fewest", "most"), [(1.5e12, 2, 128), (3.35e12, 2, 128), (4.8e12, 0, 96)])
 def test_variants_by_the_memorys_rate(monkeypatch: pytest.MonkeyPatch, rate: float, fewest: int, most: int) -> None:
     monkeypatch.setattr(module, "memory_rate", lambda device: rate)
     # Not what is kept of a real GPU.

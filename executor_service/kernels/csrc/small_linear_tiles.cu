@@ -1,4 +1,4 @@
-// x @ weight^T for 5 to 128 rows of x on Hopper: the weights stream once from memory to the tensor cores.
+// x @ weight^T for up to 128 rows of x on Hopper: the weights stream once from memory to the tensor cores.
 //
 // A tile is 128 rows of the weight, the left operand of wgmma; the rows of x are its columns. Each cluster of two
 // blocks has an equal range of rows of the weight, each block half of the columns; behind a tile's last column they
