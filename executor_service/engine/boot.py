@@ -144,21 +144,22 @@ def _allocate_kv_cache(
 ) -> MemoryLedger:
     """What the GPU's share has left beside weights and peaks; on CPU a byte budget, and the ledger only reports."""
     limits, bytes_per_block = runner.limits, block_bytes(geometry, runner.limits.block_size, runner.dtype)
-    budget, other = config.kv_cache_memory, 0
+    budget, weights = config.kv_cache_memory, parameter_bytes(runner.model)
     flag = f"raise --kv-cache-memory to {limits.max_num_blocks_per_request * bytes_per_block}"
     if isinstance(memory, DeviceMemory):
         other = device_bytes_beside(memory, _encoder_cache_bytes(config, runner))
         if budget is None:
             budget = device_kv_cache_bytes(memory, config.gpu_memory_utilization, peaks, other)
             flag = "raise --gpu-memory-utilization"
-    elif budget is None:
-        budget = default_kv_cache_bytes(limits, bytes_per_block)
+    else:
+        other = max(memory.own_bytes - weights, 0)
+        budget = default_kv_cache_bytes(limits, bytes_per_block) if budget is None else budget
     num_blocks = num_blocks_in(budget, bytes_per_block, limits, flag)
     runner.kv_caches = allocate_kv_caches(geometry, num_blocks, runner)
     return MemoryLedger(
         total_bytes=memory.total_bytes,
         gpu_memory_utilization=config.gpu_memory_utilization,
-        weights_bytes=parameter_bytes(runner.model),
+        weights_bytes=weights,
         vision_peak_bytes=peaks.vision,
         language_peak_bytes=peaks.language,
         graphs_bytes=peaks.graphs,

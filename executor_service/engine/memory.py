@@ -17,6 +17,10 @@ class Memory(Protocol):
 
     total_bytes: int
 
+    @property
+    def own_bytes(self) -> int:
+        """What this process has of a GPU's, libraries included; of the host's, what it had at `begin`."""
+
     def begin(self) -> None:
         """Measure peaks from here on, beyond what is in use now."""
 
@@ -36,15 +40,15 @@ def memory_of(device: torch.device) -> Memory:
 
 
 class HostMemory:
-    """Resident memory; 0 where the system does not say."""
+    """Resident memory; 0 where the system does not say. `own_bytes` is what there was at `begin`."""
 
     def __init__(self) -> None:
         self.total_bytes = host_bytes()
-        self._before = 0
+        self.own_bytes = 0
 
     def begin(self) -> None:
         """See Memory."""
-        self._before = _status_field("VmRSS")
+        self.own_bytes = _status_field("VmRSS")
         self.restart()
 
     def restart(self) -> None:
@@ -54,7 +58,7 @@ class HostMemory:
 
     def peak_bytes(self) -> int:
         """See Memory."""
-        return max(_status_field("VmHWM") - self._before, 0)
+        return max(_status_field("VmHWM") - self.own_bytes, 0)
 
     def reserved_peak_bytes(self) -> int:
         """See Memory."""

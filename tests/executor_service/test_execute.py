@@ -37,6 +37,7 @@ def test_model_facts(channel, planner) -> None:
     ledger = facts.memory_ledger
     assert ledger.kv_cache_bytes == ledger.num_blocks * ledger.block_bytes > 0
     assert ledger.weights_bytes > 100_000
+    assert ledger.other_bytes > 50_000_000  # an interpreter with torch
     assert ledger.vision_peak_bytes > 0
     assert ledger.language_peak_bytes > 0
     assert not ledger.peaks_used_for_sizing

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from executor_service.engine.memory import HostMemory
 from executor_service.layers.linear import GatedLinear, Linear
 
 
@@ -40,6 +41,16 @@ def test_a_sum_takes_the_residuals_place(rows: int) -> None:
     total = linear.added_to(normal(rows, 16), residual)
     assert total.data_ptr() == residual.data_ptr()
     assert not torch.equal(residual, before)
+
+
+def test_the_second_order_is_there_from_the_first() -> None:
+    """So that what it takes is in no peak of a step: the ledger counts what was there before."""
+    resident = HostMemory()
+    weights = [normal(1024, 2048, seed=seed) for seed in range(8)]
+    resident.begin()
+    before, kept = resident.own_bytes, [Linear(weight) for weight in weights]
+    resident.begin()
+    assert resident.own_bytes - before >= 0.9 * sum(linear.weight.nbytes for linear in kept)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 16])
