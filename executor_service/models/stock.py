@@ -68,8 +68,10 @@ class StockModel(nn.Module):
     def fuse_decoder(self) -> bool:
         """From now on run the decoder's fused twin, if it has one; once, after the weights are loaded."""
         self.fused_decoder = FusedDecoder.of(self.hf.model.language_model)
+        if self.fused_decoder is None:
+            return False
         self._fused_head = Linear(self.hf.lm_head.weight, self.hf.lm_head.bias)
-        return self.fused_decoder is not None
+        return True
 
     def initialize_buffers(self) -> None:
         """Give buffers that no checkpoint holds (rotary frequencies, position ids) their values."""
