@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.gpu.load import SIDES, max_model_len
 from benchmarks.gpu.models import ensure_checkpoint
+from benchmarks.gpu.options import parse_for_gpu
 from benchmarks.gpu.session import Sheet, exit_when_told, run_module, sheets
 from benchmarks.gpu.workload import Driver
 from benchmarks.results import make_parser, write_result
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", help="cpu to try it out with a tiny geometry")
     parser.add_argument("--decoders", type=lambda text: tuple(text.split(",")), default=("fused", "stock"))
     parser.add_argument("--sheet", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
+    options = parse_for_gpu(parser, argv)
     exit_when_told()
     if options.sheet:
         return measure(Sheet(options.sheet), options)

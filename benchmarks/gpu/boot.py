@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.gpu.load import max_model_len
+from benchmarks.gpu.options import parse_for_gpu
 from benchmarks.gpu.served import make_checkpoint
 from benchmarks.gpu.session import ROOT, exit_when_told
 from benchmarks.results import make_parser, write_result
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="cold and warm boots each, in turn (default 3)")
     parser.add_argument("--no-first", action="store_true", help="everything was read in this session already")
     parser.add_argument("--device", default="cuda", help="cpu to try it out with a tiny geometry")
-    options = parser.parse_args(argv)
+    options = parse_for_gpu(parser, argv)
     exit_when_told()
     if options.quick:
         options.repeats = 1

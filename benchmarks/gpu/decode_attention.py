@@ -24,6 +24,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.gpu.options import parse_for_gpu
 from benchmarks.gpu.timing import measure_ceilings
 from benchmarks.results import make_parser, write_result
 from executor_service.kernels import paged_decode_attention as ours
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print and write every point."""
     parser = make_parser("gpu.decode_attention", __doc__)
     parser.add_argument("--variants", action="store_true", help="also other builds of our kernel")
-    options = parser.parse_args(argv)
+    options = parse_for_gpu(parser, argv)
     load_before = os.getloadavg()[0]
     read_rate = measure_ceilings().read
     print(f"{torch.cuda.get_device_name()}: read {read_rate / 1e9:.0f} GB/s; us, GB/s, relative error")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.gpu.load import BATCHES, MAX_NUM_SEQS, max_model_len
+from benchmarks.gpu.options import parse_for_gpu
 from benchmarks.gpu.session import Sheet, exit_when_told, run_module, sheets
 from benchmarks.results import make_parser, write_result
 
@@ -59,7 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("--sheet", "--rates"):
         parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--process", default="main", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    return parse_for_gpu(parser, argv)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.gpu.load import BATCHES
+from benchmarks.gpu.options import parse_for_gpu
 from benchmarks.gpu.served import make_checkpoint
 from benchmarks.gpu.session import ROOT, exit_when_told, run, sheets
 from benchmarks.results import make_parser, write_result
@@ -65,7 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vllm-seconds", type=float, default=280, help="at most, per geometry (default 280)")
     parser.add_argument("--engine-seconds", type=float, default=240, help="at most, per geometry (default 240)")
     parser.add_argument("--attention-seconds", type=float, default=60, help="at most, each (default 60)")
-    return parser.parse_args(argv)
+    return parse_for_gpu(parser, argv)
 
 
 def run_ours(options: argparse.Namespace) -> Path:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from benchmarks.gpu.options import parse_for_gpu
 from benchmarks.results import make_parser, spread, write_result
 from executor_service.kernels import paged_prefill_attention as op
 
@@ -347,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print and write microseconds, TFLOP/s, shares and errors."""
     parser = make_parser("gpu.prefill_attention", __doc__)
     parser.add_argument("--only-ours", action="store_true", help="our kernels alone, without their peers")
-    options = parser.parse_args(argv)
+    options = parse_for_gpu(parser, argv)
     load_before = os.getloadavg()[0]
     torch.manual_seed(0)
     if importlib.util.find_spec("vllm") is None:

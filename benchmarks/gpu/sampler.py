@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.options import parse_for_gpu
 from benchmarks.gpu.timing import Ceilings, measure_ceilings, rotating_copies, seconds_each
 from benchmarks.results import make_parser, spread, write_result
 from executor_service.engine.messages import SamplingParams
@@ -54,7 +55,7 @@ MIXED: Final = "all of these in turn"
 def main(argv: list[str] | None = None) -> int:
     """Print and write microseconds, floors and ratios."""
     parser = make_parser("gpu.sampler", __doc__)
-    options = parser.parse_args(argv)
+    options = parse_for_gpu(parser, argv)
     load_before = os.getloadavg()[0]
     ceilings = measure_ceilings()
     figures: dict[str, object] = {

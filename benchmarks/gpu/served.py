@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.gpu.options import parse_for_gpu
 from benchmarks.gpu.served_arms import IN_PROCESS, ONE, SEVERAL, STAND_INS, in_process, services
 from benchmarks.gpu.session import Sheet, exit_when_told, run_module, sheets
 from benchmarks.results import make_parser, write_result
@@ -64,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=120, help="of a geometry, boots included (default 120)")
     parser.add_argument("--sheet", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--process", default="services", help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
+    options = parse_for_gpu(parser, argv)
     if options.quick:
         options.concurrency, options.repeats, options.tokens = (2,), 1, 4
     return options

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
+from benchmarks.gpu.options import parse_for_gpu
 from benchmarks.gpu.timing import PASSES, Ceilings, measure_ceilings, rotating_copies, seconds_each
 from benchmarks.results import make_parser, spread, write_result
 from executor_service.kernels.rms_norm import RMS_NORM
@@ -43,7 +44,7 @@ Layer = tuple[Tensor, Tensor, Tensor, Tensor]
 def main(argv: list[str] | None = None) -> int:
     """Print and write milliseconds, bytes per second and shares of the read rate."""
     parser = make_parser("gpu.small_linear", __doc__)
-    options = parser.parse_args(argv)
+    options = parse_for_gpu(parser, argv)
     load_before = os.getloadavg()[0]
     ceilings = measure_ceilings()
     print(f"{torch.cuda.get_device_name()}: read {ceilings.read / 1e9:.0f} GB/s")

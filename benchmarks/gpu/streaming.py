@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
+from benchmarks.gpu.options import parse_for_gpu
 from benchmarks.gpu.timing import Ceilings, measure_ceilings, rotating_copies, seconds_each
 from benchmarks.results import make_parser, spread, write_result
 from executor_service.kernels.embed_merge import EMBED_MERGE
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print and write microseconds, floors and ratios."""
     parser = make_parser("gpu.streaming", __doc__)
     parser.add_argument("--only", nargs="+", metavar="KERNEL", help="these kernels alone, and no product")
-    options = parser.parse_args(argv)
+    options = parse_for_gpu(parser, argv)
     load_before = os.getloadavg()[0]
     ceilings = measure_ceilings()
     print(f"read {ceilings.read / 1e9:.0f} GB/s, write {ceilings.write / 1e9:.0f} GB/s")

@@ -82,6 +82,7 @@ def test_bad_files(served, kind: str, position: int) -> None:
     status, message, facts = failure(lambda: list(served.stub.Generate(request)))
     assert (status, facts["stage"], facts["item"]) == (code, stage, str(position)), message
     assert text in message
+    assert f"item {position}" in message
 
 
 def test_too_many_images(served) -> None:
