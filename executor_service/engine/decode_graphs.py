@@ -25,6 +25,11 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return sorted({*(size for size in sizes if size < max_num_seqs), max_num_seqs}, reverse=True)
 
 
+def size_holding(num_requests: int, sizes: Sequence[int]) -> int | None:
+    """The smallest of ascending sizes that holds so many requests."""
+    return next((size for size in sizes if size >= num_requests), None)
+
+
 class DecodeGraphs:
     """Captured decode steps. `prepare(size)` puts inputs of nothing in place and returns what is to be captured."""
 
@@ -42,7 +47,7 @@ class DecodeGraphs:
 
     def size_for(self, num_requests: int) -> int | None:
         """The smallest captured size that holds so many requests."""
-        return next((size for size in self._sizes if size >= num_requests), None)
+        return size_holding(num_requests, self._sizes)
 
     def replay(self, size: int) -> Tensor:
         """Run the step whose inputs are in place: logits [size, vocabulary], valid until the next replay."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from executor_service.engine.block_manager import BlockManager
-from executor_service.engine.decode_graphs import graph_sizes
+from executor_service.engine.decode_graphs import graph_sizes, size_holding
 from executor_service.engine.limits import EngineLimits
 from executor_service.engine.messages import SamplingParams
 from executor_service.engine.request import Request
@@ -121,3 +121,13 @@ def test_graph_sizes_reach_the_largest_batch() -> None:
         assert sizes == sorted(set(sizes), reverse=True)
         assert sizes[-1] == 1
     assert len(graph_sizes(256)) < 20
+
+
+def test_a_step_takes_the_smallest_graph_that_holds_it() -> None:
+    sizes = sorted(graph_sizes(64))
+    for count in range(1, 65):
+        size = size_holding(count, sizes)
+        assert size in sizes
+        assert size >= count
+        assert not any(count <= smaller < size for smaller in sizes)
+    assert size_holding(65, sizes) is None
