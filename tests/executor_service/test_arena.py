@@ -99,5 +99,5 @@ def test_touching_leaves_what_is_there() -> None:
     arena.close()
 
 
-ArenaMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+ArenaMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestArena = ArenaMachine.TestCase

@@ -20,7 +20,7 @@ ids = st.integers(0, VOCABULARY - 1)
 NONE = np.empty(0, dtype=np.int64)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(words=st.lists(st.lists(ids, min_size=1, max_size=4), min_size=1, max_size=8), output=st.lists(ids, max_size=8))
 def test_bad_words_equal_transformers(words: list[list[int]], output: list[int]) -> None:
     """A vocabulary of six makes matches likely. transformers is shown the output alone: a word may begin before it."""
@@ -29,7 +29,7 @@ def test_bad_words_equal_transformers(words: list[list[int]], output: list[int])
     assert sorted({int(token) for part in found for token in part}) == scores[0].isinf().nonzero()[:, 0].tolist()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     count=st.integers(0, 6), min_tokens=st.integers(0, 6), eos=st.sets(ids, min_size=1, max_size=3), stop=st.sets(ids)
 )

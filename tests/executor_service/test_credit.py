@@ -55,7 +55,7 @@ def test_the_end_of_a_request_frees_its_credit() -> None:
     assert office.total.num_outstanding == 10
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     wants=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 20 * 2**20)), min_size=1, max_size=8),
     total=st.integers(MIN_GRANT, 24 * 2**20),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from executor_service.kernels.embed_merge import embed_merge
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 9), st.integers(0, 4), st.integers(0, 2**16))
 def test_every_token_is_where_it_belongs(num_tokens: int, num_items: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

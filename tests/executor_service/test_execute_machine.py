@@ -291,7 +291,6 @@ def test_random_interleavings(server) -> None:
             settings=settings(
                 max_examples=30,
                 stateful_step_count=30,
-                deadline=None,
                 suppress_health_check=list(HealthCheck),
                 phases=(Phase.explicit, Phase.reuse, Phase.generate),
             ),

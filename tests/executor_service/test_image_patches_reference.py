@@ -12,7 +12,7 @@ from executor_service.kernels.image_patches import image_patches
 from executor_service.kernels.normalize import normalize
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(0, 3), st.sampled_from([1, 3]), st.integers(1, 4), st.integers(4, 13), st.integers(4, 13),
     st.integers(0, 5), st.integers(0, 2**16),

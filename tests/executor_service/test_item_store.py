@@ -292,5 +292,5 @@ class StoreMachine(RuleBasedStateMachine):
         self.arena.close()
 
 
-StoreMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+StoreMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestStore = StoreMachine.TestCase

@@ -77,7 +77,7 @@ def batches(draw):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(batches(), st.booleans(), st.sampled_from([0, 1, 5, 17]), st.sampled_from([0.0, 3.0]), st.integers(0, 2**16))
 def test_paged_attention_equals_plain_attention(batch, has_spans, window, softcap, seed) -> None:
     lengths, chunks, heads, kv_heads, dim, block_size = batch
@@ -155,7 +155,7 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
     assert error <= DTYPES[got.dtype] * max(expected.abs().max().item() if got.numel() else 0.0, 1.0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(0, 9), st.sampled_from([2, 8, 30]), st.sampled_from(list(DTYPES)), st.sampled_from([1e-5, 1e-6]),
     st.integers(0, 2**16),
@@ -175,7 +175,7 @@ def test_rms_norm_equals_its_formula(num_tokens, width, dtype, epsilon, seed) ->
     assert torch.equal(residual, total), "the sum is left in place"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 9), st.sampled_from([8, 30]), st.sampled_from(list(DTYPES)), st.integers(0, 2**16))
 def test_layer_norm_equals_its_formula(num_tokens, width, dtype, seed) -> None:
     """Not for two features: where they are nearly equal their difference is rounding alone, in any float32."""
@@ -197,7 +197,7 @@ def test_layer_norm_equals_its_formula(num_tokens, width, dtype, seed) -> None:
     close(normal, formula(total))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 9), st.sampled_from([1, 8, 30]), st.sampled_from(list(DTYPES)), st.integers(0, 2**16))
 def test_silu_mul_equals_its_formula(num_tokens, width, dtype, seed) -> None:
     gate_up = (3 * torch.randn(num_tokens, 2 * width, generator=torch.Generator().manual_seed(seed))).to(dtype)
@@ -207,7 +207,7 @@ def test_silu_mul_equals_its_formula(num_tokens, width, dtype, seed) -> None:
     assert torch.equal(gate_up, before), "the input is left alone"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(0, 9), st.sampled_from([(1, 1), (4, 2), (3, 3)]), st.sampled_from([2, 8]), st.sampled_from([1, 4]),
     st.sampled_from(list(DTYPES)), st.integers(0, 2**16),

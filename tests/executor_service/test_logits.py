@@ -49,7 +49,7 @@ def counted(prompts: list[list[int]], outputs: list[list[int]]) -> tuple[torch.T
     return seen, counts
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     prompts=st.lists(st.lists(ids, min_size=1, max_size=30), min_size=1, max_size=4),
     output=st.lists(ids, max_size=20),
@@ -65,7 +65,7 @@ def test_repetition_equals_transformers(prompts: list[list[int]], output: list[i
         torch.testing.assert_close(got[row : row + 1], expected, atol=0, rtol=1e-15)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     prompt=st.lists(ids, min_size=1, max_size=30),
     output=st.lists(ids, max_size=40),
@@ -90,7 +90,7 @@ def test_penalties_equal_a_loop_over_tokens(
     np.testing.assert_allclose(got[0].numpy(), expected, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(bias=st.dictionaries(ids, st.floats(-100, 100), min_size=1, max_size=20), seed=seeds)
 def test_bias_equals_transformers(bias: dict[int, float], seed: int) -> None:
     rows = logits(2, seed)
@@ -114,7 +114,7 @@ def test_ids_without_a_logit_are_left_out() -> None:
     assert (got == -torch.inf).sum() == 1
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     temperature=st.floats(0.05, 5),
     min_p=st.floats(0, 1),

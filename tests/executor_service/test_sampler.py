@@ -107,7 +107,7 @@ def reference(row: torch.Tensor) -> torch.Tensor:
     return MinNewTokensLengthLogitsProcessor(len(PROMPT), ALL["min_tokens"], [EOS, 17])(tokens, scores)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_all_constraints_equal_transformers(seed: int) -> None:
     rows = logits(4, seed)
@@ -169,7 +169,7 @@ def check_chi_square(counts: np.ndarray, expected: np.ndarray) -> None:
 # --- batches ----------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_tokens_do_not_depend_on_the_batch(data: st.DataObject) -> None:
     """Rows with all kinds of parameters: in any order and any company, each gets the token it gets alone."""
@@ -208,7 +208,7 @@ def test_plain_rows_are_not_looked_at(monkeypatch) -> None:
 # --- tokens that only the device knows ------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_tokens_in_flight_count(seed: int) -> None:
     """Step after step without telling the host equals a host that appends every token at once."""

@@ -203,7 +203,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.encoder_cache.room == self.scheduler.encoder_cache.capacity
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestScheduler = SchedulerMachine.TestCase
 
 

@@ -30,7 +30,7 @@ def check(sampler: Sampler, request: Request) -> None:
     assert counts.output_counts[index].tolist() == expected.tolist()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_history(data: st.DataObject) -> None:
     """Requests come, get tokens in batches of all sizes, are told of them late, are preempted, leave, come again."""

@@ -16,7 +16,7 @@ from preprocess_service.media.headers import SUPPORTED_FORMATS, HeaderError, Ima
 
 
 def examples(count: int) -> settings:
-    return settings(max_examples=count, deadline=None, derandomize=True, database=None)
+    return settings(max_examples=count, derandomize=True, database=None)
 
 
 ORIENTATIONS = range(10)  # 0 and 9 are none

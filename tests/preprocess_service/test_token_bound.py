@@ -44,7 +44,7 @@ def test_no_text_has_fewer_tokens_than_the_bound_says(tokenizer: Tokenizer) -> N
     assert longest is not None
 
     @given(st.text(st.one_of(st.sampled_from(" the<image>\u2581\n"), st.characters(codec="utf-8")), max_size=60))
-    @settings(max_examples=500, deadline=None)
+    @settings(max_examples=500)
     def check(text: str) -> None:
         assert len(encode_text(tokenizer, text, False)) * longest >= len(text.encode())
 
@@ -109,7 +109,7 @@ def test_byte_fallback_without_every_byte_says_nothing() -> None:
 
 
 @given(st.text(st.one_of(st.sampled_from(" the<image>1\u2581\n"), st.characters(codec="utf-8")), max_size=80))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_long_texts_have_the_ids_of_plain_encoding(part: str) -> None:
     text = part * (5000 // max(len(part), 1) + 1)
     for tokenizer in (BYTE_LEVEL, sentencepiece_like()):

@@ -73,7 +73,7 @@ def test_a_character_of_four_tokens_comes_at_once(tokenizer: TextTokenizer) -> N
 
 
 @given(st.lists(st.integers(0, 591), max_size=60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_random_ids_give_the_text_of_all_of_them(tokenizer: TextTokenizer, ids: list[int]) -> None:
     whole = tokenizer.decode(ids)
     joined = "".join(pieces_of(tokenizer, ids))
@@ -81,7 +81,7 @@ def test_random_ids_give_the_text_of_all_of_them(tokenizer: TextTokenizer, ids: 
 
 
 @given(st.lists(st.integers(0, 270), max_size=60), st.text(max_size=20))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_ids_break_the_byte_fallback(fallback: TextTokenizer, noise: list[int], text: str) -> None:
     """A text comes out whole, piece by piece; of bytes that are none, every piece is text all the same."""
     ids = fallback.encode(text, False)
@@ -120,7 +120,7 @@ def reference(text: str, stops: list[str]) -> tuple[str, str | None]:
     st.lists(st.text("abc", max_size=5), max_size=12),
     st.lists(st.text("abc", min_size=1, max_size=5), max_size=4),
 )
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_stop_strings_never_leak(pieces: list[str], stops: list[str]) -> None:
     expected, matched = reference("".join(pieces), stops)
     stopper = StopStrings(stops)
@@ -194,7 +194,7 @@ def test_a_placeholder_cut_over_two_texts_is_ordinary_text(
 
 
 @given(st.text(max_size=40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_other_text_is_segmented_as_ever(tokenizer: TextTokenizer, private: PrivatePlaceholders, text: str) -> None:
     protected = private.protected_texts()
     if "<image>" not in text:

@@ -41,7 +41,7 @@ def test_every_level_of_every_channel_is_that_of_transformers(name: str) -> None
     np.testing.assert_array_equal(op(levels, normalization).numpy(), expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(1, 9), min_size=0, max_size=3),
     st.integers(1, 4),

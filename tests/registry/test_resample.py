@@ -24,7 +24,7 @@ def cases(draw):
     return pixels, (new_height, new_width), window, draw(st.sampled_from(RESAMPLING))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(cases())
 def test_window_equals_pillow(case) -> None:
     check(*case)

@@ -14,7 +14,7 @@ from tests.executor_service.gpu.tensors import DTYPES, ERRORS, SEEDS, poison, ra
 pytestmark = pytest.mark.gpu
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from([0, 1, 3, 70, 1500]), st.sampled_from([1, 7, 8, 64, 1002, 4096]),
     st.sampled_from([0, 1, 3, 64, 65, 150]), DTYPES, SEEDS,

@@ -34,7 +34,7 @@ def a_table(kind: str, num_channels: int, seed: int) -> torch.Tensor:
     return table
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(0, 4), SHAPES, st.sampled_from([1, 8, 64]), TABLES, DTYPES, SEEDS)
 def test_image_patches(num_tiles: int, shape, multiple: int, kind: str, dtype: torch.dtype, seed: int) -> None:
     num_channels, height, width, patch = shape

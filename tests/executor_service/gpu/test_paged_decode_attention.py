@@ -79,7 +79,7 @@ def make(lengths: list[int], heads: tuple[int, int], dim: int, block_size: int, 
     return Batch(torch.stack(queries).to(dtype), *caches, tables, lens)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     LENGTHS, HEADS, st.sampled_from([64, 128]), st.sampled_from([16, 32, 64]), st.sampled_from([0, 1, 40, 1000]),
     st.sampled_from([0.0, 3.0]), st.sampled_from([torch.float16, torch.bfloat16]), SEEDS,
@@ -89,7 +89,7 @@ def test_streaming(lengths, heads, dim: int, block_size: int, window: int, softc
     close(batch.attend(window, softcap), batch.formula(window, softcap))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(0, 300), min_size=1, max_size=4), st.sampled_from([(1, 1), (4, 4), (6, 2)]),
     st.sampled_from([1, 16, 80, 128, 256]), st.sampled_from([1, 3, 16, 24]), st.sampled_from([0, 1, 40]),

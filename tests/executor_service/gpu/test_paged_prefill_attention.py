@@ -124,7 +124,7 @@ def check(batch: Batch, scale: float, window: int, softcap: float, launch=None) 
     assert (whole[-1] == 7).all(), "written behind the end"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(CHUNKS, HEADS, st.sampled_from([4, 16, 40, 64, 80, 128, 160]), st.sampled_from([1, 16, 24]), SPANS, WINDOWS,
        SOFTCAPS, DTYPES, SEEDS)  # fmt: skip
 def test_any_shape(chunks, heads, head_dim, block_size, has_spans, window, softcap, dtype, seed) -> None:
@@ -134,7 +134,7 @@ def test_any_shape(chunks, heads, head_dim, block_size, has_spans, window, softc
         check(batch, head_dim**-0.5, window, softcap)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(CHUNKS, HEADS, st.sampled_from([64, 128]), st.sampled_from([1, 8, 16, 24, 64, 256]), SPANS, WINDOWS, SOFTCAPS,
        HALVES, SEEDS)  # fmt: skip
 def test_mma(chunks, heads, head_dim, block_size, has_spans, window, softcap, dtype, seed) -> None:
@@ -150,7 +150,7 @@ def hopper() -> None:
 
 
 @pytest.mark.usefixtures("hopper")
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(CHUNKS, HEADS, st.sampled_from([64, 128]), st.sampled_from([8, 16, 32, 128, 256]), SPANS, WINDOWS, SOFTCAPS,
        HALVES, SEEDS)  # fmt: skip
 def test_wgmma(chunks, heads, head_dim, block_size, has_spans, window, softcap, dtype, seed) -> None:

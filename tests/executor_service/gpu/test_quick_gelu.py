@@ -13,7 +13,7 @@ from tests.executor_service.gpu.tensors import DTYPES, ERRORS, SEEDS, close, poi
 pytestmark = pytest.mark.gpu
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 70), st.sampled_from([1, 7, 8, 640, 4096]), st.booleans(), DTYPES, SEEDS)
 def test_quick_gelu(rows: int, width: int, is_shifted: bool, dtype: torch.dtype, seed: int) -> None:
     """Also of tensors that do not begin where a wide access may, and of values at which the exponential overflows."""

@@ -44,7 +44,7 @@ def inputs(rows: int, features: int, width: int, dtype: torch.dtype, seed: int) 
     return x, weight
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(ROWS, FEATURES, WIDTHS, DTYPES, st.booleans(), st.booleans(), SEEDS)
 def test_small_linear(
     rows: int, features: int, width: int, dtype: torch.dtype, has_bias: bool, has_residual: bool, seed: int
@@ -60,7 +60,7 @@ def test_small_linear(
     close(small_linear(x, weight, bias, residual), expected)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(ROWS, FEATURES, WIDTHS, DTYPES, SEEDS)
 def test_small_linear_silu_mul(rows: int, features: int, width: int, dtype: torch.dtype, seed: int) -> None:
     """As the two ops one after the other: the products, the activation and the result are rounded alike."""

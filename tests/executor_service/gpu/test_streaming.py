@@ -27,7 +27,7 @@ def test_all_load() -> None:
     assert seen[-1] == (len(sources()), len(sources()))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 70), st.sampled_from([1, 7, 32, 264, 1000, 4096, 8192, 16384]), DTYPES, SEEDS)
 def test_rms_norm(num_tokens: int, width: int, dtype: torch.dtype, seed: int) -> None:
     x, residual = random((num_tokens, width), dtype, seed), random((num_tokens, width), dtype, seed + 1)
@@ -45,7 +45,7 @@ def test_rms_norm(num_tokens: int, width: int, dtype: torch.dtype, seed: int) ->
     assert torch.equal(residual, total)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 70), st.sampled_from([1, 5, 8, 1000, 11008]), DTYPES, SEEDS)
 def test_silu_mul(num_tokens: int, width: int, dtype: torch.dtype, seed: int) -> None:
     gate_up = 3 * random((num_tokens, 2 * width), dtype, seed)
@@ -88,7 +88,7 @@ def some_slots(num_tokens: int, num_slots: int, seed: int) -> Tensor:
     return slots.where(torch.rand(num_tokens, generator=generator) < 0.8, -1).cuda()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from([0, 1, 2, 17, 70, 600]), st.sampled_from([(1, 1), (4, 2), (32, 8), (32, 32), (7, 1), (0, 4)]),
     st.sampled_from([2, 10, 16, 64, 80, 128, 256]), st.sampled_from([1, 16]), DTYPES, SEEDS,
@@ -120,7 +120,7 @@ def check_caches(caches: list[Tensor], expected: list[Tensor], slots: Tensor) ->
         assert (cache.cpu().flatten(0, 1)[untouched] == 7).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.sampled_from([0, 1, 5, 70]), st.sampled_from([1, 3, 8]), st.sampled_from([1, 5, 64, 128]), DTYPES, DTYPES, SEEDS
 )
@@ -138,7 +138,7 @@ def test_write_kv(
         assert torch.equal(cache.cpu(), reference)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.sampled_from([(3, 5, 7), (3, 16, 16), (0, 3, 4, 4), (2, 3, 336, 336), (1, 3, 30, 40), (50, 3)]),
     st.integers(-3, -1), st.booleans(), DTYPES, SEEDS,
