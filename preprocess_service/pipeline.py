@@ -17,6 +17,7 @@ from diptych.service.errors import (
     DeadlineError,
     DiptychError,
     InvalidInputError,
+    LimitExceededError,
     OverloadedError,
     UnavailableError,
 )
@@ -146,9 +147,18 @@ class Pipeline:
     def _admit(self, count: int = 1) -> Iterator[None]:
         if self._is_draining:
             raise UnavailableError("the service is stopping", stage="admit", retry_after=RETRY_AFTER)
+        if count > self._max_pending:
+            raise LimitExceededError(
+                f"{count} answers are asked for; at most {self._max_pending} are worked on at a time "
+                "(--max-pending-requests)",
+                stage="admit",
+                limit=self._max_pending,
+                actual=count,
+            )
         if self._num_pending + count > self._max_pending:
             raise OverloadedError(
-                f"{self._num_pending} requests are being worked on; at most {self._max_pending} are allowed",
+                f"{self._num_pending} requests are being worked on and {count} more come; at most "
+                f"{self._max_pending} are allowed",
                 stage="admit",
                 limit=self._max_pending,
                 actual=self._num_pending + count,

@@ -12,6 +12,9 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN: Final = "diptych.dev"
+_MAX_MESSAGE: Final = 1200
+"""Bytes in UTF-8. A status travels as HTTP/2 metadata, escaped and in base64, of which clients take 8 KiB."""
+_MAX_FACT: Final = 200
 _CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -50,7 +53,7 @@ class DiptychError(Exception):
     def metadata(self) -> dict[str, str]:
         """The facts as strings, for ErrorInfo."""
         facts = {"stage": self.stage, "item": self.item, "limit": self.limit, "actual": self.actual, **self.facts}
-        known = {name: str(value) for name, value in facts.items() if value is not None}
+        known = {name: _cut(str(value), _MAX_FACT) for name, value in facts.items() if value is not None}
         return {**known, "retryable": "true" if self.retry_after is not None else "false"}
 
     def to_status(self) -> status_pb2.Status:
@@ -61,7 +64,13 @@ class DiptychError(Exception):
             delay = duration_pb2.Duration()
             delay.FromNanoseconds(int(self.retry_after * 1e9))
             details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
-        return status_pb2.Status(code=self.code.value[0], message=self.message, details=details)
+        return status_pb2.Status(code=self.code.value[0], message=_cut(self.message, _MAX_MESSAGE), details=details)
+
+
+def _cut(text: str, max_bytes: int) -> str:
+    """What the sender wrote may be in it, of any length."""
+    encoded = text.encode(errors="replace")
+    return text if len(encoded) <= max_bytes else encoded[: max_bytes - 3].decode(errors="ignore") + "…"
 
 
 class InvalidInputError(DiptychError):

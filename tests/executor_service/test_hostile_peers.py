@@ -6,7 +6,6 @@ test_execute_items.py, those about Python's own limits in the property tests bes
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import re
 import threading
@@ -18,7 +17,7 @@ import grpc
 import numpy as np
 import pytest
 
-from diptych.service.errors import InvalidInputError, LimitExceededError, OverloadedError
+from diptych.service.errors import InvalidInputError, LimitExceededError
 from diptych.v1 import executor_pb2, tensor_pb2
 from diptych.wire.dtypes import DTYPE_OF_NAME
 from diptych.wire.framing import ItemChunk
@@ -271,31 +270,6 @@ def test_a_start_is_counted_before_it_is_walked_over(planner, server) -> None:
     tensor = SimpleNamespace(name="x", dtype=DTYPE_OF_NAME["uint8"], shape=Endless())
     with pytest.raises(InvalidInputError, match="of 50000000 axes for x; it must be"):
         attest_tensors(0, [tensor], spec)
-
-
-async def test_who_does_not_read_is_not_read(monkeypatch) -> None:
-    """Behind answers that nobody fetches nothing more is taken in."""
-    monkeypatch.setattr(stream, "MAX_UNREAD", 100)
-    one = stream.ExecuteStream(None, "peer")  # type: ignore[arg-type]
-    for _ in range(100):
-        one.put(executor_pb2.ExecuteResponse())
-    await asyncio.wait_for(one.wait_for_room(), 1)
-    one.put(executor_pb2.ExecuteResponse())
-    waiting = asyncio.create_task(one.wait_for_room())
-    await asyncio.sleep(0.05)
-    assert not waiting.done()
-    await anext(one.responses())
-    await asyncio.wait_for(waiting, 1)
-
-
-async def test_a_stream_that_is_never_read_ends(monkeypatch) -> None:
-    """What runs already goes on to make answers; they are not kept for ever."""
-    monkeypatch.setattr(stream, "MAX_KEPT", 300)
-    one = stream.ExecuteStream(None, "peer")  # type: ignore[arg-type]
-    for _ in range(301):
-        one.put(executor_pb2.ExecuteResponse())
-    with pytest.raises(OverloadedError, match="301 entries of answers were not read; at most 300 are kept"):
-        await anext(one.responses())
 
 
 @pytest.mark.parametrize("shape", ZERO_SHAPES)

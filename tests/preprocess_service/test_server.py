@@ -6,12 +6,14 @@ import asyncio
 import hashlib
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from google.rpc import code_pb2, status_pb2
 
 from diptych.client import AsyncClient, Chat, Media, Message, Prompt, RequestError
 from diptych.service.lifecycle import running
+from diptych.v1 import preprocess_pb2, preprocess_pb2_grpc, tensor_pb2
 from preprocess_service.planning import Checkpoint
 from preprocess_service.server import SERVICE_NAME, PreprocessServer
 from preprocess_service.settings import PreprocessSettings
@@ -254,6 +256,39 @@ async def test_a_full_service_says_when_to_come_back(client: AsyncClient, execut
     for stream in streams:
         await stream.aclose()  # type: ignore[attr-defined]
     await eventually(lambda: all(request.cancelled.is_set() for request in executor.requests))
+
+
+async def test_every_answer_counts(client: AsyncClient, executor: StandInExecutor) -> None:
+    """Of eight at a time: three run, and six more are too many for now; nine are too many at any time."""
+    executor.delay = 0.05
+    streams = [client.stream(Prompt("some words to keep it busy")) for _ in range(3)]
+    for stream in streams:
+        await anext(stream)
+    with pytest.raises(RequestError) as caught:
+        await client.generate_all(Prompt("more"), n=6)
+    assert (caught.value.code, caught.value.details["actual"]) == ("RESOURCE_EXHAUSTED", "9")
+    assert "3 requests are being worked on and 6 more come" in caught.value.message
+    for stream in streams:
+        await stream.aclose()  # type: ignore[attr-defined]
+    await eventually(lambda: all(request.cancelled.is_set() for request in executor.requests))
+    with pytest.raises(RequestError, match=r"9 answers are asked for; at most 8 .*--max-pending-requests") as caught:
+        await client.generate_all(Prompt("more"), n=9)
+    assert (caught.value.code, caught.value.details["retryable"]) == ("INVALID_ARGUMENT", "false")
+
+
+@pytest.mark.parametrize("letter", ["m", "é", "😀", "%"])
+async def test_what_clients_wrote_does_not_make_the_error_another_one(server: PreprocessServer, letter: str) -> None:
+    """Names of any length, cut: clients take 8 KiB of metadata."""
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub = preprocess_pb2_grpc.PreprocessServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Tokenize(preprocess_pb2.TokenizeRequest(model=letter * 5000, text="x"))
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+        assert f"model '{letter * 100}" in (caught.value.details() or "")
+        media = preprocess_pb2.Media(modality=tensor_pb2.MODALITY_IMAGE, url="s" * 5000 + "://x")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Plan(preprocess_pb2.PlanRequest(prompt=preprocess_pb2.Prompt(text="<image>", media=[media])))
+        assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_plan_reads_headers_alone(client: AsyncClient, executor: StandInExecutor, checkpoint: Checkpoint) -> None:
