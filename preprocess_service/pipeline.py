@@ -74,6 +74,8 @@ class Pipeline:
         self._executors = executors
         self._max_pending = max_pending_requests
         self._num_pending = 0
+        self.num_prompt_tokens = 0
+        """Of the answers that were begun."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_draining = False
@@ -204,6 +206,7 @@ class Pipeline:
             answer = Answer(self._checkpoint.tokenizer, call.stop, plan, call.sampling.min_tokens)
             sender = ItemSender(plan, self._media, executor, answer.add_times)
             with executor.request(make_start(call, plan, self._checkpoint.fingerprint.digest)) as remote:
+                self.num_prompt_tokens += len(plan.prompt_token_ids)
                 try:
                     # The stream's writer goes first: a worker would keep the interpreter from it.
                     await asyncio.sleep(0)

@@ -27,12 +27,11 @@ class PreprocessReports:
     def __init__(self, telemetry: Telemetry, model_name: str, pipeline: Pipeline, executors: ExecutorPool) -> None:
         self._model_name = model_name
         self.num_media_bytes = 0
-        self.num_prompt_tokens = 0
         self.num_output_tokens = 0
         self.first_token = telemetry.histogram(catalogue.TIME_TO_FIRST_TOKEN)
         self.between_tokens = telemetry.histogram(catalogue.INTER_TOKEN_LATENCY)
         self.duration = telemetry.histogram(catalogue.REQUEST_DURATION)
-        telemetry.observe(catalogue.PROMPT_TOKENS, lambda: [(self.num_prompt_tokens, {})])
+        telemetry.observe(catalogue.PROMPT_TOKENS, lambda: [(pipeline.num_prompt_tokens, {})])
         telemetry.observe(catalogue.OUTPUT_TOKENS, lambda: [(self.num_output_tokens, {})])
         telemetry.observe(catalogue.PENDING, lambda: [(pipeline.num_pending, {})])
         telemetry.observe(catalogue.READY_EXECUTORS, lambda: [(len(executors.ready), {})])
@@ -79,7 +78,6 @@ class AnswerReport:
         outcome = {"error.type": "" if error is None else code_of(error)}
         self._reports.duration.record(time.perf_counter() - self._began, {**self._labels, **outcome})
         if self._ended:
-            self._reports.num_prompt_tokens += self._ended[0].usage.prompt_tokens
             annotate(lambda: _response_attributes(self._ended))
 
     def note(self, piece: Delta | Ended) -> None:

@@ -163,6 +163,22 @@ def test_what_runs_is_seen_while_it_runs(served) -> None:
     call.cancel()
 
 
+def test_both_services_count_the_prompts_of_all_answers(served) -> None:
+    """Of one that the client leaves, too."""
+    addresses = [served.preprocess.metrics_address, served.executor.metrics_address]
+    before = [Scraped(scrape(address))("diptych_prompt_tokens_total") for address in addresses]
+    request = prompt_request("words", [], max_tokens=1900)
+    call = served.stub.Generate(request)
+    next(call)
+    call.cancel()
+    three = prompt_request("words", [], max_tokens=2)
+    three.n = 3
+    usages = [response.final.usage for response in served.stub.Generate(three) if response.HasField("final")]
+    served.check_idle()
+    after = [Scraped(scrape(address))("diptych_prompt_tokens_total") for address in addresses]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [4 * usages[0].prompt_tokens] * 2
+
+
 def test_who_waits_and_who_is_still_received_is_seen(checkpoint) -> None:
     """One request runs, one waits for its place in the batch, and one has not sent its picture."""
     with stack(checkpoint, executor={"metrics_port": 0, "max_num_seqs": 1}) as services:

@@ -49,7 +49,7 @@ STAGE_FAILURES: Final = Metric(
     "probe, decode and map are about media",
 )  # fmt: skip
 PROMPT_TOKENS: Final = Metric(
-    "diptych.prompt_tokens", Kind.COUNTER, "", (), "Tokens of the prompts that were begun, media included"
+    "diptych.prompt_tokens", Kind.COUNTER, "", (), "Tokens of the prompts of answers that were begun, media included"
 )
 OUTPUT_TOKENS: Final = Metric("diptych.output_tokens", Kind.COUNTER, "", (), "Tokens given as output")
 PAYLOAD: Final = Metric(
