@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from executor_service.engine.messages import BootFailed, EngineConfig, EngineFailed
 from executor_service.engine.stages import Stages
 from executor_service.imports import compiled_anew, lean_imports
-from registry.errors import CheckpointError, RegistryError
+from registry.errors import CheckpointError
 
 if TYPE_CHECKING:
     from executor_service.engine.boot import BootedEngine
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         booted = _boot(connection.recv(), connection)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)  # the front has gone
-    except (RegistryError, ImportError, TypeError, OSError, RuntimeError) as error:
+    except Exception as error:  # left alone, one would wait for threads that read weights, for ever
         traceback.print_exc(file=sys.stderr)
         _end(connection, BootFailed(str(error)))
     from executor_service.engine.loop import EngineLoop
