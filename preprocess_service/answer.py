@@ -41,7 +41,7 @@ class Answer:
 
     def complete(self, completion: executor_pb2.Completion) -> Ended:
         """The end as the executor saw it, with the text that was held back."""
-        text = self._feed(self._detokenizer.finish())
+        text = "" if self.is_stopped else self._feed(self._detokenizer.finish())
         if self.is_stopped:
             return self._stopped(text, completion.usage, completion.times)
         return Ended(
@@ -51,8 +51,10 @@ class Answer:
     def _feed(self, text: str) -> str:
         return self._stops.feed(text) if self._num_tokens > self._min_tokens else self._stops.skip(text)
 
-    def stopped(self) -> Ended:
-        """The end at a stop string; what the executor did after it is not counted."""
+    def stopped(self, completion: executor_pb2.Completion | None) -> Ended:
+        """The end at a stop string; None: the executor had nothing to say of it, and only what we know is told."""
+        if completion is not None:
+            return self._stopped("", completion.usage, completion.times)
         usage = tensor_pb2.Usage(
             prompt_tokens=len(self._plan.prompt_token_ids), image_tokens=self._plan.num_feature_tokens
         )

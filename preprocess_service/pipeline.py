@@ -50,6 +50,8 @@ from preprocess_service.requests import (
 from preprocess_service.sending import ItemSender
 
 RETRY_AFTER: Final = 0.5
+STOP_PATIENCE: Final = 2.0
+"""Seconds for which an executor may be busy with a step before an answer that is complete ends without its word."""
 INLINE_TEXT: Final = 16 * 1024
 """Texts up to so many characters are tokenized on the event loop; a thread would cost more than the work."""
 INLINE_MEDIA_BYTES: Final = 128 * 1024
@@ -229,16 +231,14 @@ class Pipeline:
                         sender.send(event.indices, remote)
                     elif isinstance(event, PromptScores):
                         delta.prompt_logprobs += event.logprobs
-                    elif isinstance(event, TokenOutput):
+                    elif isinstance(event, TokenOutput) and not answer.is_stopped:
                         answer.add(event.token_id, event.logprobs, delta)
-                        if answer.is_stopped:
-                            ended = answer.stopped()
-                            remote.release()
-                            break
                     elif isinstance(event, Completed):
                         ended = answer.complete(event.completion)
                 if delta.token_ids or delta.prompt_logprobs:
                     yield delta
+                if answer.is_stopped and ended is None:
+                    ended = answer.stopped(await remote.stop(STOP_PATIENCE))
                 if ended is not None:
                     yield ended
                     return

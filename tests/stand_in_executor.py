@@ -32,6 +32,7 @@ class Live:
     num_unacknowledged: int = 0
     held: frozenset[int] = frozenset()
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def is_complete(self) -> bool:
@@ -55,6 +56,7 @@ class StandInExecutor:
         self.delay = 0.0
         self.held: set[bytes] = set()
         self.asks_one_by_one = False
+        self.minds_stops = True
         self.has_room = asyncio.Event()
         self.has_room.set()
         self.accepting = True
@@ -123,6 +125,8 @@ class StandInExecutor:
                 self._receive(request.handle, live.get(request.handle), request.item_chunk, responses)
             elif kind == "cancel" and request.handle in live:
                 live[request.handle].cancelled.set()
+            elif kind == "stop" and request.handle in live:
+                live[request.handle].stopped.set()
         if answers:
             await asyncio.wait(answers)
         responses.put_nowait(None)
@@ -175,10 +179,14 @@ class StandInExecutor:
                 message = executor_pb2.PromptLogprobs(handle=handle, logprobs=[entry])
                 responses.put_nowait(executor_pb2.ExecuteResponse(prompt_logprobs=message))
         token_ids = self.script(one.start)[: one.start.sampling.max_tokens or None]
+        num_sent = 0
         for token_id in token_ids:
             if one.cancelled.is_set():
                 final.status.CopyFrom(GIVEN_UP)
                 return
+            if self.minds_stops and one.stopped.is_set():
+                break
+            num_sent += 1
             outputs = executor_pb2.StepOutputs(handles=[handle], token_ids=[token_id])
             if one.start.sampling.HasField("logprobs"):
                 chosen = tensor_pb2.TokenLogprob(token_id=token_id, logprob=-1.5)
@@ -187,7 +195,8 @@ class StandInExecutor:
             responses.put_nowait(executor_pb2.ExecuteResponse(step_outputs=outputs))
             await asyncio.sleep(self.delay)
         final.completion.finish_reason = self.finish_reason
-        final.completion.usage.completion_tokens = len(token_ids)
+        final.completion.usage.completion_tokens = num_sent
+        final.completion.usage.cached_tokens = 1
         final.completion.usage.prompt_tokens = len(one.start.prompt_token_ids)
         final.completion.times.prefill_seconds = 0.25
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, Final
 
 import grpc
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from diptych.service.errors import DiptychError, InternalError, InvalidInputError
 from diptych.service.telemetry import note_error
+from diptych.wire.bounds import check_bounds
 
 LOG = logging.getLogger("diptych.rpc")
+CHANNELZ: Final = "/grpc.channelz."
+"""For whoever debugs the service; its methods are not asynchronous."""
 
 
 class HandlerCache(grpc.aio.ServerInterceptor):
@@ -50,15 +56,16 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler:
         """Wrap the method's handler."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method.startswith("/grpc."):
+        method = handler_call_details.method
+        if handler is None or method.startswith(CHANNELZ):
             return handler
-        return _wrapped(handler, handler_call_details.method)
+        return _wrapped(handler, method)
 
 
 def _wrapped(handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
     """The handler, given raw bytes: a request that grpc cannot parse would never get here."""
     codec = {"request_deserializer": None, "response_serializer": handler.response_serializer}
-    parse: Callable[[Any], Any] = functools.partial(_parse, handler.request_deserializer, method)
+    parse: Callable[[Any], Any] = functools.partial(_parse, handler.request_deserializer, method, _message_of(method))
     if handler.request_streaming:
         parse = functools.partial(_parse_all, parse)
     if handler.response_streaming:
@@ -66,14 +73,27 @@ def _wrapped(handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandl
         make = (
             grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
         )
-        return make(_streaming(inner, parse, method), **codec)
+        # grpc's own Health.Watch writes to its context instead of yielding.
+        wrap = _unary if inspect.iscoroutinefunction(inner) else _streaming
+        return make(wrap(inner, parse, method), **codec)
     inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
     make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
     return make(_unary(inner, parse, method), **codec)
 
 
-def _parse(deserialize: Callable[[bytes], Any] | None, method: str, data: bytes) -> Any:
+def _message_of(method: str) -> Descriptor | None:
+    """What a method takes; None for one that nobody has described."""
+    service, _, name = method.lstrip("/").partition("/")
     try:
+        return descriptor_pool.Default().FindServiceByName(service).FindMethodByName(name).input_type
+    except KeyError:
+        return None
+
+
+def _parse(deserialize: Callable[[bytes], Any] | None, method: str, message: Descriptor | None, data: bytes) -> Any:
+    try:
+        if message is not None:
+            check_bounds(data, message)
         return deserialize(data) if deserialize is not None else data
     except DecodeError as error:
         raise InvalidInputError(f"the bytes sent are no message that {method} takes", stage="receive") from error

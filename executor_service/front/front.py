@@ -51,6 +51,7 @@ TOUCH_DELAY: Final = 0.005
 _FINISH_REASONS = {
     FinishReason.STOP: tensor_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: tensor_pb2.FINISH_REASON_LENGTH,
+    FinishReason.ABORTED: tensor_pb2.FINISH_REASON_STOP,  # by its sender, who was content
 }
 
 
@@ -225,6 +226,14 @@ class Front:
         """The client does not want it any more."""
         self.end(request, RequestCancelledError("the request was cancelled", stage=request.stage))
 
+    def stop_generating(self, request: FrontRequest) -> None:
+        """The client has all it wants: the request ends well, with the tokens that have gone out."""
+        if not request.num_output_tokens:
+            self.cancel(request)
+        elif request.error is None and not request.is_stopped:
+            request.is_stopped = True
+            self._link.send(Abort((request.number,)))
+
     def _check_room(self) -> None:
         if not self.is_accepting:
             self.booted  # noqa: B018 - says so if the engine is still booting
@@ -294,7 +303,7 @@ class Front:
         touched: dict[Outlet, None] = {}
         for index, (number, token_id) in enumerate(zip(tokens.request_ids, tokens.token_ids, strict=True)):
             request = self._requests[number]
-            if request.error is None:
+            if request.error is None and not request.is_stopped:
                 request.num_output_tokens += 1
                 request.outlet.put_token(request.handle, token_id, logprobs.get(index))
                 touched[request.outlet] = None

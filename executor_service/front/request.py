@@ -70,6 +70,7 @@ class FrontRequest:
     deadline: asyncio.TimerHandle | None = None
     is_announced: bool = False
     is_at_engine: bool = False
+    is_stopped: bool = False
     error: DiptychError | None = None
     num_output_tokens: int = 0
 

@@ -92,8 +92,11 @@ class ExecuteStream:
             case "cancel":
                 if (target := self._find(request.handle, "a cancel")) is not None:
                     self._front.cancel(target)
+            case "stop":
+                if (target := self._find(request.handle, "a stop")) is not None:
+                    self._front.stop_generating(target)
             case _:
-                raise InvalidInputError("a message is neither start, chunk nor cancel", stage="admit")
+                raise InvalidInputError("a message is neither start, chunk, cancel nor stop", stage="admit")
 
     def _open(self, handle: int, start: executor_pb2.Start) -> None:
         if handle in self._live:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diptych.service.telemetry.propagation import TRACEPARENT, TRACESTATE, to_headers
 from diptych.v1 import executor_pb2, tensor_pb2
+from diptych.wire.bounds import check_readable
 from diptych.wire.dtypes import DTYPE_OF_NAME
 from diptych.wire.media import media_info_to_proto, placeholder_to_proto
 from preprocess_service.requests import GenerateCall, Plan, PlannedItem
@@ -11,7 +12,10 @@ from registry import TensorSpec
 
 
 def make_start(call: GenerateCall, plan: Plan, fingerprint_digest: bytes) -> executor_pb2.Start:
-    """Everything of a request but its tensors' bytes; `time_left` counts from now, the current span is its parent."""
+    """Everything of a request but its tensors' bytes; `time_left` counts from now, the current span is its parent.
+
+    LimitExceededError if it is more than an executor reads.
+    """
     trace = to_headers()
     start = executor_pb2.Start(
         request_id=call.request_id,
@@ -25,6 +29,8 @@ def make_start(call: GenerateCall, plan: Plan, fingerprint_digest: bytes) -> exe
     )
     if (seconds := call.deadline.time_left) is not None:
         start.time_left.FromNanoseconds(int(seconds * 1e9))
+    # An executor that refuses to read a message ends its stream, and with it the requests of everybody else.
+    check_readable(start)
     return start
 
 

@@ -48,7 +48,7 @@ class Outbox:
         self._has_work = asyncio.Event()
 
     def add_control(self, message: executor_pb2.ExecuteRequest) -> None:
-        """Queue a Start or Cancel ahead of every chunk."""
+        """Queue a Start, Stop or Cancel ahead of every chunk."""
         self._control.append(message)
         self._has_work.set()
 

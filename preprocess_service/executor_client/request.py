@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from diptych.service.errors import DiptychError, RemoteError
+from diptych.service.errors import DeadlineError, DiptychError, RemoteError
 from diptych.v1 import executor_pb2, tensor_pb2
 
 
@@ -55,6 +55,9 @@ class StreamEnd(Protocol):
     def cancel(self, handle: int) -> None:
         """Send Cancel and forget unsent chunks."""
 
+    def stop(self, handle: int) -> None:
+        """Send Stop."""
+
 
 class RemoteRequest:
     """A started request. Its user reads `next_events` and, at the end, always calls `release`."""
@@ -92,6 +95,25 @@ class RemoteRequest:
         if self._error is None:
             self._error = error
             self._wake_up.set()
+
+    async def stop(self, patience: float) -> executor_pb2.Completion | None:
+        """The answer is complete: end it well, and return what the executor says of it.
+
+        None if it says nothing within `patience` seconds or fails now: what the client has is whole all the same.
+        """
+        if not self._ended:
+            self._stream.stop(self.handle)
+        timer = self.fail_after(patience, lambda: DeadlineError("no word of a stopped request", stage="executor"))
+        try:
+            while True:
+                for event in await self.next_events():
+                    if isinstance(event, Completed):
+                        return event.completion
+        except DiptychError:
+            return None
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     def release(self) -> None:
         """The user is done: if the executor is not, it is told to stop at once."""

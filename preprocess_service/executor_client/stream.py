@@ -69,6 +69,11 @@ class ExecutorStream:
             cancel = executor_pb2.Cancel()
             self._outbox.add_control(executor_pb2.ExecuteRequest(handle=handle, cancel=cancel))
 
+    def stop(self, handle: int) -> None:
+        """Say that a request's answer is complete; its Final tells what it took."""
+        if self.is_open:
+            self._outbox.add_control(executor_pb2.ExecuteRequest(handle=handle, stop=executor_pb2.Stop()))
+
     async def close(self) -> None:
         """End the stream: orderly if no request is live, else at once."""
         self.is_open = False

@@ -104,3 +104,27 @@ async def test_malformed_bytes_are_the_clients_mistake(
     assert f"/{SERVICE}/{method}" in str(error.details())
     assert "DecodeError" not in str(error.details())
     assert not [record for record in caplog.records if record.name == "diptych.rpc"]
+
+
+@pytest.mark.parametrize("method", ["Tokenize", "Generate"])
+async def test_a_message_of_millions_of_parts_is_not_parsed(channel: grpc.aio.Channel, method: str) -> None:
+    """Parsed, it would stop all others for seconds; and the method, called with it, would be INTERNAL."""
+    error, facts = await call(channel, method, b"\x7a\0" * 20_000_000)
+    assert (error.code(), facts["stage"]) == (grpc.StatusCode.INVALID_ARGUMENT, "receive")
+    assert (facts["limit"], facts["retryable"]) == ("65536", "false")
+    assert "more than 65536 fields" in str(error.details())
+
+
+async def test_what_arrives_for_grpcs_own_services_is_looked_at_as_well(channel: grpc.aio.Channel) -> None:
+    check = channel.unary_unary("/grpc.health.v1.Health/Check")
+    watch = channel.unary_stream("/grpc.health.v1.Health/Watch")
+    reflection = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+    for call in (check, lambda data: _read_all(watch(data)), lambda data: _read_all(reflection(iter([data])))):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(b"\x0a\0" * 20_000_000)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert await check(b"") == b"\x08\1"
+    assert await anext(aiter(watch(b""))) == b"\x08\1"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await check(b"\x0a\3who")
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND

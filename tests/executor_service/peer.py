@@ -126,6 +126,9 @@ class Peer:
     def cancel(self, handle: int) -> None:
         self.send(executor_pb2.ExecuteRequest(handle=handle, cancel=executor_pb2.Cancel()))
 
+    def stop(self, handle: int) -> None:
+        self.send(executor_pb2.ExecuteRequest(handle=handle, stop=executor_pb2.Stop()))
+
     def send_tensors(self, handle: int, planned: Planned) -> None:
         for index, tensor in enumerate(planned.tensors):
             for chunk in split_tensor(handle, index, 0, memoryview(tensor).cast("B")):

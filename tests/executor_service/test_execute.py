@@ -273,6 +273,41 @@ def test_cancel_while_receiving_and_while_generating(channel, planner) -> None:
         assert len(answer.tokens) < 1000
 
 
+def test_a_stop_ends_an_answer_well(channel, planner) -> None:
+    planned = planner.plan(max_tokens=1000)
+    with Peer(channel) as peer:
+        peer.run(1, planner.plan(max_tokens=1))
+        peer.start(2, planned)
+        peer.wait_credit(2)
+        peer.send_tensors(2, planned)
+        while not peer.answers[2].tokens:
+            peer.read()
+        peer.stop(2)
+        peer.stop(2)
+        (final,) = peer.finish(2).finals
+        tokens = peer.answers[2].tokens
+        assert final.completion.finish_reason == tensor_pb2.FINISH_REASON_STOP
+        assert final.completion.usage.completion_tokens == len(tokens) < 1000
+        length = len(planned.start.prompt_token_ids)
+        assert final.completion.usage.prompt_tokens == length
+        assert final.completion.usage.cached_tokens == (length - 1) // 16 * 16 > 0
+        assert final.completion.times.generate_seconds > 0
+        assert peer.run(3, planner.plan(max_tokens=len(tokens))).tokens == tokens
+
+
+def test_a_stop_before_the_first_token_is_a_cancel(channel, planner) -> None:
+    with Peer(channel) as peer:
+        peer.start(1, planner.plan())
+        peer.wait_credit(1)
+        peer.stop(1)
+        answer = peer.finish(1)
+        assert (answer.code, answer.facts["stage"]) == (grpc.StatusCode.CANCELLED, "receive")
+        peer.stop(77)
+        answer = peer.finish(77)
+        assert (answer.code, "was not started" in answer.status.message) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+        assert peer.run(2, planner.plan()).tokens
+
+
 @pytest.fixture
 def reports(server, monkeypatch) -> list[StepEnd]:
     """What the engine reports from now on."""
@@ -288,7 +323,7 @@ def reports(server, monkeypatch) -> list[StepEnd]:
     return seen
 
 
-ENDINGS = ("cancel", "deadline", "stream")
+ENDINGS = ("cancel", "stop", "deadline", "stream")
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -303,6 +338,8 @@ def test_who_ends_a_request_ends_it_in_the_engine(channel, planner, server, repo
             peer.read()
         if ending == "cancel":
             peer.cancel(1)
+        if ending == "stop":
+            peer.stop(1)
         if ending != "stream":
             peer.finish(1)
     wait_idle(channel, *server)

@@ -20,6 +20,7 @@ MALFORMED = {
     "no tag": b"\xff\xff\xff",
     "a chunk cut off": b"\x08\x01\x1a\x02\x08",
     "a start that is none": b"\x08\x02\x12\x01\xff",
+    "a start of a million items": b"\x08\x02\x12\x80\x89\x7a" + b"\x2a\0" * 1_000_000,
 }
 
 
@@ -126,7 +127,7 @@ def test_an_empty_message_ends_the_live_request_once(channel, planner) -> None:
         peer.start(1, planned)
         peer.send(executor_pb2.ExecuteRequest(handle=1))
         answer = peer.finish(1)
-        assert "neither start, chunk nor cancel" in answer.status.message
+        assert "neither start, chunk, cancel nor stop" in answer.status.message
         assert peer.run(2, planner.plan()).tokens
         assert len(answer.finals) == 1
 

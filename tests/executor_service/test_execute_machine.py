@@ -54,6 +54,7 @@ class Sent:
     kind: tuple[int, tuple[int, ...]] | None = None
     progress: dict[int, int] = field(default_factory=dict)
     is_spoilt: bool = False
+    is_stopped: bool = False
 
 
 class Wire:
@@ -119,6 +120,14 @@ class ExecuteMachine(RuleBasedStateMachine):
             self.peer.cancel(handle)
             self.sent[handle].allowed |= {"CANCELLED"}
             self.sent[handle].is_spoilt = True
+
+    @rule(index=st.integers(0, 20))
+    def stop(self, index: int) -> None:
+        """It ends well with what it has, or as cancelled if that is nothing."""
+        if (handle := self._pick(index)) is not None:
+            self.peer.stop(handle)
+            self.sent[handle].allowed |= {"CANCELLED"} | ({"OK"} if self.sent[handle].kind is not None else set())
+            self.sent[handle].is_spoilt = self.sent[handle].is_stopped = True
 
     @rule()
     def read(self) -> None:
@@ -211,7 +220,10 @@ class ExecuteMachine(RuleBasedStateMachine):
         assert outcome in sent.allowed, (outcome, sent.allowed, final)
         if outcome == "OK":
             assert sent.kind is not None
-            assert answer.tokens == self.wire.expected[sent.kind]
+            expected = self.wire.expected[sent.kind]
+            assert answer.tokens == (expected[: len(answer.tokens)] if sent.is_stopped else expected)
+            assert answer.tokens
+            assert final.completion.usage.completion_tokens == len(answer.tokens)
 
     # --- how ----------------------------------------------------------------------------------------
 

@@ -132,6 +132,9 @@ def test_stop_strings_cut_text_tokens_and_work(served, reference) -> None:
     assert cut_tokens == tokens[:completing]
     assert completing < len(tokens)
     assert final.usage.completion_tokens == len(cut_tokens)
+    assert final.usage.cached_tokens == (final.usage.prompt_tokens - 1) // 16 * 16
+    assert final.times.HasField("prefill_seconds")
+    assert final.times.HasField("generate_seconds")
 
 
 def test_stop_token_ids_and_eos(served) -> None:

@@ -53,7 +53,8 @@ def defaults(request: pytest.FixtureRequest) -> None:
     if "executor" in request.fixturenames:
         one: StandInExecutor = request.getfixturevalue("executor")
         fresh = StandInExecutor(one.fingerprint)
-        for name in ("script", "refusal", "finish_reason", "window", "delay", "accepting", "num_running"):
+        names = ("script", "refusal", "finish_reason", "window", "delay", "minds_stops", "accepting", "num_running")
+        for name in names:
             setattr(one, name, getattr(fresh, name))
         one.requests.clear()
         one.order.clear()

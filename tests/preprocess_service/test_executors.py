@@ -248,3 +248,18 @@ async def test_executors_come_and_go(checkpoint_dir: Path, checkpoint: Checkpoin
             await asyncio.sleep(0.02)
         assert (await client.generate(Prompt("again"), max_tokens=1)).final is not None
         await second.stop()
+
+
+async def test_a_start_that_no_executor_reads_is_not_sent(checkpoint_dir: Path, checkpoint: Checkpoint) -> None:
+    """It would end the stream, and with it what others have asked for on it."""
+    executor = StandInExecutor(checkpoint.fingerprint, max_model_len=1 << 24, max_items_per_prompt={"image": 5000})
+    executor.has_room.clear()
+    async with served(checkpoint_dir, executor) as (_, client):
+        other = asyncio.create_task(client.generate(Prompt("<image>", [IMAGE]), max_tokens=1))
+        await eventually(lambda: bool(executor.requests))
+        with pytest.raises(RequestError) as caught:
+            await client.generate(Prompt("<image>" * 5000, [IMAGE] * 5000), max_tokens=1)
+        assert (caught.value.code, caught.value.details["limit"]) == ("INVALID_ARGUMENT", "65536")
+        executor.has_room.set()
+        assert (await other).token_ids
+    assert (len(executor.requests), executor.num_streams) == (1, 1)
