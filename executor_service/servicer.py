@@ -123,8 +123,8 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
 
 def _peer_identity(context: grpc.aio.ServicerContext) -> str:
     """Who the peer has proved to be by its certificate; empty without TLS: then all peers are one."""
-    identities = context.peer_identities() or ()
-    return "|".join(sorted(identity.decode(errors="replace") for identity in identities))
+    identities = context.peer_identities()
+    return repr(sorted(identities)) if identities else ""
 
 
 async def _read(stream: ExecuteStream, requests: AsyncIterator[executor_pb2.ExecuteRequest | ItemChunk]) -> None:

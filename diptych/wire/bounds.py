@@ -7,7 +7,7 @@ which nothing else runs. What is counted here is what https://protobuf.dev/progr
 from __future__ import annotations
 
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
@@ -49,7 +49,8 @@ def check_bounds(data: bytes, message: Descriptor) -> None:
 def check_readable(message: Message) -> None:
     """LimitExceededError if whoever receives this message will not read it."""
     if message.ByteSize() > FREE_BYTES:
-        check_bounds(message.SerializeToString(), message.DESCRIPTOR)
+        descriptor: Any = message.DESCRIPTOR
+        check_bounds(message.SerializeToString(), descriptor)
 
 
 def _walk(data: bytes, fields: _Fields) -> None:

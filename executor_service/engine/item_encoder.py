@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -30,12 +30,17 @@ class ItemEncoder:
 
     Tensors go up on a stream of their own, beside what the device computes; the shared memory that they lie in must be
     page-locked for that, and stay as it is until the step's results are known.
+
+    What a run over many items takes follows their tensors, not their features, which a step's budget counts: a narrow
+    picture has as many tiles as a square one and few features. So items go through in runs of at most `max_run_bytes`
+    of tensors, which are those of the largest run that was profiled; None before that.
     """
 
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.model = model
         self._device = device
         self._dtype = dtype
+        self.max_run_bytes: int | None = None
         self._tables: dict[Normalization, Tensor] = {}
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -47,15 +52,30 @@ class ItemEncoder:
     def encode(self, items: Sequence[EngineItem]) -> None:
         """Give every item its features; items of one modality with the same tensors go through together."""
         for kind in dict.fromkeys(_kind(item) for item in items):
-            group = [item for item in items if _kind(item) == kind]
-            keywords: dict[str, Any] = {name: [self._tensor(item, name) for item in group] for name in group[0].tensors}
-            for name in group[0].layout.constants:
-                # On the host, whose numbers they are: a model that asked the device for them would wait for it.
-                keywords[name] = [torch.from_numpy(item.layout.constants[name]) for item in group]
-            for item, features in zip(group, self.model.embed_multimodal(**keywords), strict=True):
-                _check_features(features, item, self.feature_width)
-                # A copy, where the encoder's output is one tensor for several items: each is freed by itself.
-                item.features = features.clone() if len(group) > 1 else features
+            for run in self._runs([item for item in items if _kind(item) == kind]):
+                self._encode_run(run)
+
+    def _runs(self, group: list[EngineItem]) -> Iterator[list[EngineItem]]:
+        """The items in their order; one alone may have more bytes than a run."""
+        run, num_bytes = list[EngineItem](), 0
+        for item in group:
+            of_item = num_tensor_bytes(item)
+            if run and self.max_run_bytes is not None and num_bytes + of_item > self.max_run_bytes:
+                yield run
+                run, num_bytes = [], 0
+            run.append(item)
+            num_bytes += of_item
+        yield run
+
+    def _encode_run(self, run: list[EngineItem]) -> None:
+        keywords: dict[str, Any] = {name: [self._tensor(item, name) for item in run] for name in run[0].tensors}
+        for name in run[0].layout.constants:
+            # On the host, whose numbers they are: a model that asked the device for them would wait for it.
+            keywords[name] = [torch.from_numpy(item.layout.constants[name]) for item in run]
+        for item, features in zip(run, self.model.embed_multimodal(**keywords), strict=True):
+            _check_features(features, item, self.feature_width)
+            # A copy, where the encoder's output is one tensor for several items: each is freed by itself.
+            item.features = features.clone() if len(run) > 1 else features
 
     def capture(self, item: EngineItem) -> None:
         """Let the model capture its encoder's runs over one such item and a few, where it can."""
@@ -126,6 +146,11 @@ class ItemEncoder:
         if normalization not in self._tables:
             self._tables[normalization] = torch.from_numpy(normalization.table).to(self._device)
         return self._tables[normalization]
+
+
+def num_tensor_bytes(item: EngineItem) -> int:
+    """Bytes of all tensors of an item, as they come."""
+    return sum(tensor.nbytes for tensor in item.tensors.values())
 
 
 def _note_encoding(batch: Sequence[ScheduledRequest], began: float) -> None:

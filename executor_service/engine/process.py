@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 MAX_REASON: Final = 200
 """Characters of an error that are told beyond the log."""
+ON_PURPOSE: Final = (TypeError, ImportError, RuntimeError)
+"""What the boot raises where a class, a package or a GPU is not what it takes, besides error types of our own."""
+OUR_PACKAGES: Final = ("registry.", "executor_service.")
 SWITCH_SECONDS: Final = 0.0005
 """How long a thread may wait for the one that imports: readers of weights ask for the interpreter often and briefly."""
 
@@ -49,7 +52,7 @@ def main(argv: list[str]) -> int:
         os._exit(0)  # the front has gone
     except Exception as error:  # left alone, one would wait for threads that read weights, for ever
         traceback.print_exc(file=sys.stderr)
-        _end(connection, BootFailed(str(error)))
+        _end(connection, BootFailed(_boot_error(error)))
     from executor_service.engine.loop import EngineLoop
 
     # What the boot has made lives as long as the process: to look through it for garbage would stop steps for long.
@@ -96,6 +99,14 @@ def _boot(config: EngineConfig, connection: Connection) -> BootedEngine:
     booted = boot(config, connection.send, stages.since, reader)
     sys.setswitchinterval(before)
     return booted
+
+
+def _boot_error(error: Exception) -> str:
+    """What is raised on purpose speaks for itself; of anything else the type's name is half of what it says."""
+    kind = type(error)
+    if kind in ON_PURPOSE or kind.__module__.startswith(OUR_PACKAGES):
+        return str(error)
+    return f"{kind.__name__}: {error}"
 
 
 def _end(connection: Connection, last_word: BootFailed | EngineFailed) -> NoReturn:

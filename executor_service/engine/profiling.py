@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from executor_service.engine.block_manager import BlockManager
+from executor_service.engine.item_encoder import num_tensor_bytes
 from executor_service.engine.kv_cache import allocate_kv_caches
 from executor_service.engine.logprobs import ROWS_AT_ONCE, PendingLogprobs
 from executor_service.engine.memory import DeviceMemory, Memory
@@ -45,7 +46,9 @@ def profile_run(
     if num_graphs and items:
         runner.encoder.capture(items[0])
     memory.begin()
-    runner.encoder.encode(_largest_encoder_batch(items, runner.limits.max_num_encoder_tokens))
+    largest = _largest_encoder_batch(items, runner.limits.max_num_encoder_tokens)
+    runner.encoder.encode(largest)
+    runner.encoder.max_run_bytes = sum(map(num_tensor_bytes, largest)) if largest else None
     vision, reserved = memory.peak_bytes(), memory.reserved_peak_bytes()
     memory.restart()
     runner.kv_caches = allocate_kv_caches(geometry, _num_scratch_blocks(runner), runner)

@@ -18,9 +18,10 @@ from executor_service.engine.request import EngineItem, Request
 from registry import MediaInfo, MediaItem, MediaLimits, ProcessorInputs
 from registry.family import ModelFamily
 from tests.checkpoints import make_llava_checkpoint
+from tests.executor_service.scene import scene
 from tests.executor_service.serving import channel, executor_settings, planner, server
 
-__all__ = ["channel", "executor_settings", "planner", "server"]
+__all__ = ["channel", "executor_settings", "planner", "scene", "server"]
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 

@@ -144,27 +144,6 @@ def test_who_awaited_a_cancelled_request_is_asked(channel, planner) -> None:
         assert peer.finish(2).tokens == expected
 
 
-def test_a_chunk_of_an_item_that_is_not_missing(channel, planner) -> None:
-    planned = plan(planner, "unasked", noise(23), max_tokens=500)
-    with Peer(channel) as peer:
-        peer.run(1, plan(planner, "unasked", noise(23)))
-        peer.start(2, planned)
-        peer.send_tensors(2, planned)
-        answer = peer.finish(2)
-    assert answer.code is grpc.StatusCode.INVALID_ARGUMENT
-    assert "of which nothing is missing" in answer.status.message
-
-
-def test_a_last_chunk_sent_twice_ends_its_request(channel, planner) -> None:
-    planned = plan(planner, "twice", noise(24), max_tokens=1500)
-    with Peer(channel) as peer:
-        peer.start(1, planned)
-        peer.wait_credit(1)
-        peer.send_tensors(1, planned)
-        peer.send_tensors(1, planned)
-        assert peer.finish(1).code is grpc.StatusCode.INVALID_ARGUMENT
-
-
 def test_inline_tensors(channel, planner) -> None:
     planned = anonymous(plan(planner, "inline", noise(31)))
     with Peer(channel) as peer:

@@ -57,7 +57,13 @@ async def test_log_probabilities_are_unread_entries(monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     ("identities", "expected"),
-    [(None, ""), ([], ""), ([b"b", b"a"], "a|b"), ([b"spiffe://mesh/one"], "spiffe://mesh/one")],
+    [
+        (None, ""),
+        ([], ""),
+        ([b"b", b"a"], "[b'a', b'b']"),
+        ([b"a', b'b"], """[b"a', b'b"]"""),
+        ([b"\xff"], "[b'\\xff']"),
+    ],
 )
 def test_who_a_peer_has_proved_to_be(identities: list[bytes] | None, expected: str) -> None:
     context = SimpleNamespace(peer_identities=lambda: identities)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from executor_service.engine.boot import boot
 from executor_service.engine.messages import EngineConfig
@@ -14,9 +16,11 @@ from executor_service.layers.context import AttentionMetadata, KVCache, forward_
 from executor_service.layers.linear import GatedLinear
 from executor_service.models import fused
 from executor_service.models.fused import PACK_ALIGNMENT, FusedDecoder, pack_linears
+from executor_service.models.protocol import kv_geometry
 from registry.errors import CheckpointError
-from tests.checkpoints import make_llava_checkpoint
-from tests.executor_service.conftest import boot_engine
+from tests.checkpoints import make_llava_checkpoint, random_weights, write_json, write_weights
+from tests.executor_service.conftest import Bench, boot_engine, load_reference
+from tests.executor_service.test_engine_tokens import mixed_requests
 from tests.plugins.checkpoints import make_patchwork
 
 LENGTHS, CHUNKS = (9, 30, 17), (1, 30, 6)
@@ -50,13 +54,20 @@ def run(model: Any, seed: int, requests: torch.Tensor | None = None) -> tuple[to
     """Hidden states, of all tokens or `requests`' last ones, and the caches that were written."""
     metadata, embeddings, places = batch(seed)
     generator = torch.Generator().manual_seed(1)
-    shape = (NUM_BLOCKS, BLOCK_SIZE, 2, 16)
+    geometry = kv_geometry(model, model.hf.config.text_config)
+    shape = (NUM_BLOCKS, BLOCK_SIZE, geometry.num_kv_heads, geometry.head_dim)
     caches = [KVCache(*(torch.randn(shape, generator=generator, dtype=torch.float64) for _ in "kv")) for _ in range(2)]
     with torch.inference_mode(), forward_context(metadata, caches):
         return model(torch.zeros(len(places), dtype=torch.int64), places, embeddings, requests), caches
 
 
 def test_twins(model: Any) -> None:
+    check_twins(model)
+    assert not torch.allclose(run(model, 1)[0], run(model, 0)[0])
+
+
+def check_twins(model: Any) -> None:
+    """Of a model that is not fused yet: the same hidden states, keys and values."""
     stock, stock_caches = run(model, 0)
     assert model.fuse_decoder()
     fused, fused_caches = run(model, 0)
@@ -64,7 +75,36 @@ def test_twins(model: Any) -> None:
     for one, other in zip(fused_caches, stock_caches, strict=True):
         torch.testing.assert_close(one.keys, other.keys, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(one.values, other.values, atol=1e-6, rtol=1e-6)
-    assert not torch.allclose(run(model, 1)[0], fused)
+
+
+def with_head_dim(checkpoint: Path, head_dim: int) -> Path:
+    """The checkpoint with heads of that size, and weights of their own, whatever its hidden size is."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["text_config"]["head_dim"] = head_dim
+    write_json(checkpoint / "config.json", config)
+    write_weights(checkpoint, random_weights(AutoConfig.from_pretrained(checkpoint), 0), "new", 1)
+    return checkpoint
+
+
+@pytest.mark.parametrize("head_dim", [8, 24])
+@pytest.mark.parametrize("language", ["llama", "mistral", "qwen2"])
+def test_heads_that_do_not_make_up_the_hidden_size(
+    tmp_path: Path, language: Literal["llama", "mistral", "qwen2"], head_dim: int
+) -> None:
+    """As Mistral-Nemo has them: less or more than the 64 of the hidden states; twins, and transformers' own tokens."""
+    made = make_llava_checkpoint(tmp_path / "model", language=language, sliding_window=7)
+    checkpoint = with_head_dim(made, head_dim)
+    model = boot_engine(checkpoint, decoder="stock").engine.runner.model
+    attention = model.hf.model.language_model.layers[0].self_attn
+    assert (attention.q_proj.out_features, attention.o_proj.out_features) == (4 * head_dim, 64)
+    check_twins(model)
+    last, _ = run(model, 0, torch.tensor([0, 2]))
+    torch.testing.assert_close(last, run(model, 0)[0][[0, -1]], atol=1e-12, rtol=1e-12)
+    bench = Bench(checkpoint, boot_engine(checkpoint, decoder="fused"), load_reference(checkpoint))
+    requests = mixed_requests(bench, 4)
+    outputs = bench.run(requests)
+    for request in requests:
+        assert outputs[request.request_id] == bench.expected(request)
 
 
 def test_the_stock_decoder_goes_on_in_the_same_memory(model: Any) -> None:

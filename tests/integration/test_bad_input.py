@@ -1,11 +1,11 @@
-"""Bad input over the wire: status, stage and message; the next request works; nothing leaks."""
+"""Bad input over the wire: status, stage and message; nobody else notices; the next request works; nothing leaks."""
 
 from __future__ import annotations
 
 import io
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -30,11 +30,28 @@ def failure(call: Callable[[], Any]) -> tuple[str, str, dict[str, str]]:
     return caught.value.code().name, caught.value.details(), dict(info.metadata)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(served) -> list[int]:
+    """The answer about picture 0 with nobody else there."""
+    return tokens_of(served.stub.Generate(bystander_request(), timeout=60))
+
+
 @pytest.fixture(autouse=True)
-def next_request_works(served):
+def nobody_notices(served, undisturbed: list[int]) -> Iterator[None]:
+    """Another client's answer, begun before and read afterwards, is what it always is; the next request works."""
+    call = served.stub.Generate(bystander_request(), timeout=60)
+    begun = next(call)
     yield
-    request = prompt_request("<image> still there", [picture_bytes(0)], max_tokens=3)
-    assert sum(len(response.token_ids) for response in served.stub.Generate(request, timeout=60)) == 3
+    assert [*begun.token_ids, *tokens_of(call)] == undisturbed
+    assert tokens_of(served.stub.Generate(bystander_request(max_tokens=3), timeout=60)) == undisturbed[:3]
+
+
+def bystander_request(max_tokens: int = 40) -> preprocess_pb2.GenerateRequest:
+    return prompt_request("<image> still there", [picture_bytes(0)], max_tokens=max_tokens)
+
+
+def tokens_of(responses: Iterable[preprocess_pb2.GenerateResponse]) -> list[int]:
+    return [token for response in responses for token in response.token_ids]
 
 
 def truncated(file_format: str) -> bytes:
@@ -145,27 +162,43 @@ def test_message_over_the_receive_limit(served) -> None:
 
 
 def test_empty_requests(served) -> None:
-    for request in (preprocess_pb2.GenerateRequest(), prompt_request("", []),
-                    preprocess_pb2.GenerateRequest(chat=preprocess_pb2.Chat())):  # fmt: skip
-        status, _, facts = failure(lambda request=request: list(served.stub.Generate(request)))
-        assert status == "INVALID_ARGUMENT"
-        assert facts["stage"]
+    for request, text in (
+        (preprocess_pb2.GenerateRequest(), "neither a prompt nor a chat is given"),
+        (prompt_request("", []), "the prompt is empty"),
+        (preprocess_pb2.GenerateRequest(chat=preprocess_pb2.Chat()), "no messages"),
+    ):
+        status, message, facts = failure(lambda request=request: list(served.stub.Generate(request)))
+        assert (status, facts["stage"]) == ("INVALID_ARGUMENT", "admit")
+        assert text in message
 
 
 def test_media_without_a_source_or_modality(served) -> None:
-    for item in (preprocess_pb2.Media(modality=1), preprocess_pb2.Media(data=picture_bytes(1))):
+    for item, text in (
+        (preprocess_pb2.Media(modality=1), "item 0 has neither data nor a URL"),
+        (preprocess_pb2.Media(data=picture_bytes(1)), "item 0 has no modality"),
+    ):
         request = preprocess_pb2.GenerateRequest(prompt=preprocess_pb2.Prompt(text="<image>", media=[item]))
-        status, _, facts = failure(lambda request=request: list(served.stub.Generate(request)))
-        assert (status, facts["item"]) == ("INVALID_ARGUMENT", "0")
+        status, message, facts = failure(lambda request=request: list(served.stub.Generate(request)))
+        assert (status, facts["stage"], facts["item"]) == ("INVALID_ARGUMENT", "admit", "0")
+        assert message == text
 
 
-@pytest.mark.parametrize("url", ["data:image/png;base64,@@@", "data:nonsense", "https://example.org/cat.png", "cat"])
+URLS = {
+    "data:image/png;base64,@@@": ("INVALID_ARGUMENT", "item 0: the data URL is not valid base64"),
+    "data:nonsense": ("INVALID_ARGUMENT", "item 0: a data URL has the form"),
+    "https://example.org/cat.png": ("UNIMPLEMENTED", "item 0: URLs with scheme 'https' are not served"),
+    "cat": ("INVALID_ARGUMENT", "item 0: 'cat' is not a URL"),
+}
+
+
+@pytest.mark.parametrize("url", URLS)
 def test_bad_urls(served, url: str) -> None:
+    code, text = URLS[url]
     item = preprocess_pb2.Media(modality=1, url=url)
     request = preprocess_pb2.GenerateRequest(prompt=preprocess_pb2.Prompt(text="<image>", media=[item]))
-    status, _, facts = failure(lambda: list(served.stub.Generate(request)))
-    assert status == ("UNIMPLEMENTED" if url.startswith("https") else "INVALID_ARGUMENT")
-    assert facts["item"] == "0"
+    status, message, facts = failure(lambda: list(served.stub.Generate(request)))
+    assert (status, facts["stage"], facts["item"]) == (code, "fetch", "0")
+    assert text in message
 
 
 def test_client_gone_while_decoding(served) -> None:

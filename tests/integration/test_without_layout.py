@@ -185,10 +185,15 @@ def test_values_that_are_not_finite(handmade, planner: Planner, value: float) ->
     planned.tensors[1].flat[-1] = value
     with Peer(handmade.executor_channel) as peer:
         honest = peer.run(1, planner.plan()).tokens
+        meanwhile = planner.plan()
+        peer.start(4, meanwhile)
+        peer.wait_credit(4)
         answer = peer.run(2, planned)
         assert answer.code.name == "INVALID_ARGUMENT"
         assert (answer.facts["stage"], answer.facts["item"]) == ("receive", "1")
         assert answer.status.message == "item 1: pixel_values has values that are not finite"
+        peer.send_tensors(4, meanwhile)
+        assert peer.finish(4).tokens == honest, "another request, in the middle of its transfer"
         assert peer.run(3, planner.plan()).tokens == honest
     handmade.check_idle()
 
@@ -201,9 +206,14 @@ def test_bools_that_are_none(handmade, planner: Planner) -> None:
     planned.start.items[0].tensors[0].chunks.total_bytes = 15
     with Peer(handmade.executor_channel) as peer:
         honest = peer.run(1, planner.plan()).tokens
+        meanwhile = planner.plan()
+        peer.start(4, meanwhile)
+        peer.wait_credit(4)
         answer = peer.run(2, planned)
         assert answer.code.name == "INVALID_ARGUMENT"
         assert (answer.facts["stage"], answer.facts["item"]) == ("receive", "0")
         assert answer.status.message == "item 0: pixel_values has values that are neither 0 nor 1"
+        peer.send_tensors(4, meanwhile)
+        assert peer.finish(4).tokens == honest, "another request, in the middle of its transfer"
         assert peer.run(3, planner.plan()).tokens == honest
     handmade.check_idle()
