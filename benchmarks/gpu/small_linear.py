@@ -51,13 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     figures: dict[str, object] = {
         "device": torch.cuda.get_device_name(), "read_bytes_per_second": ceilings.read,
     }  # fmt: skip
-    rows = ROWS[:2] if options.quick else ROWS
     for name in list(GEOMETRIES)[: 1 if options.quick else None]:
-        figures[f"chain, {name}"] = measure_chains(name, 4 if options.quick else LAYERS, rows, ceilings)
-        torch.cuda.empty_cache()
-    layer_rows = LAYER_ROWS[:1] if options.quick else LAYER_ROWS
-    for name in list(GEOMETRIES)[: 1 if options.quick else None]:
-        figures[f"layers, {name}"] = measure_layers(name, 4 if options.quick else LAYERS, layer_rows, ceilings)
+        figures.update(measure_geometry(name, options.quick, ceilings))
         torch.cuda.empty_cache()
     if not options.quick:
         for features, width in matrices():
@@ -66,10 +61,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure_chains(name: str, num_layers: int, all_rows: Sequence[int], ceilings: Ceilings) -> dict[str, object]:
+def measure_geometry(name: str, is_quick: bool, ceilings: Ceilings) -> dict[str, object]:
+    """Chains and layers of the same weights."""
+    layers = [make_layer(*GEOMETRIES[name]) for _ in range(4 if is_quick else LAYERS)]
+    return {
+        f"chain, {name}": measure_chains(name, layers, ROWS[:2] if is_quick else ROWS, ceilings),
+        f"layers, {name}": measure_layers(name, layers, LAYER_ROWS[:1] if is_quick else LAYER_ROWS, ceilings),
+    }
+
+
+def measure_chains(
+    name: str, layers: Sequence[Layer], all_rows: Sequence[int], ceilings: Ceilings
+) -> dict[str, object]:
     """All layers, per number of rows: ours where it streams, cuBLAS and silu_mul, cuBLAS alone."""
-    layers = [make_layer(*GEOMETRIES[name]) for _ in range(num_layers)]
-    num_bytes = sum(weight.numel() * weight.itemsize for layer in layers for weight in layer)
+    num_layers, num_bytes = len(layers), bytes_of(layers)
     result: dict[str, object] = {"bytes": num_bytes}
     for rows in all_rows:
         x = normal(rows, WIDTH)
@@ -84,10 +89,11 @@ def measure_chains(name: str, num_layers: int, all_rows: Sequence[int], ceilings
     return result
 
 
-def measure_layers(name: str, num_layers: int, all_rows: Sequence[int], ceilings: Ceilings) -> dict[str, object]:
+def measure_layers(
+    name: str, layers: Sequence[Layer], all_rows: Sequence[int], ceilings: Ceilings
+) -> dict[str, object]:
     """All that a decoder has between attentions, per number of rows: ours, and cuBLAS with our small kernels."""
-    layers = [make_layer(*GEOMETRIES[name]) for _ in range(num_layers)]
-    num_bytes = sum(weight.numel() * weight.itemsize for layer in layers for weight in layer)
+    num_layers, num_bytes = len(layers), bytes_of(layers)
     norm = torch.ones(WIDTH, device="cuda", dtype=DTYPE)
     arms = {"small_linear": our_layers, "cublas": cublas_layers}
     result: dict[str, object] = {"bytes": num_bytes}
@@ -113,6 +119,11 @@ def measure_matrix(features: int, width: int, ceilings: Ceilings) -> dict[str, o
             name = f"{features} x {width}, {rows} rows, {arm}"
             result[f"{rows} rows, {arm}"] = figures_of(name, seconds, num_bytes, ceilings)
     return result
+
+
+def bytes_of(layers: Sequence[Layer]) -> int:
+    """Of all weights."""
+    return sum(weight.numel() * weight.itemsize for layer in layers for weight in layer)
 
 
 def matrices() -> list[tuple[int, int]]:

@@ -31,7 +31,9 @@ MAX_OUTPUT_COUNT: Final = 2**15 - 1
 _THREADS: Final = 1024
 _PACK: Final = 4
 """Tokens that one thread looks at together."""
-_MAX_WIDTH: Final = 2**18
+_MAX_WIDTH: Final = 2**19
+"""As many as are tested: then integers round off at most 4e-6 of a distribution. The last bin, 32 bits for each lane's
+share of the tokens that are hardly likely, has room for 2^21."""
 _MAX_LISTED_TOP_K: Final = 128
 """Up to so many are sorted out in a list, as the kernel is compiled."""
 _STATIC_SHARED_BYTES: Final = 26 * 1024

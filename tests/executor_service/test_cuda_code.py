@@ -87,6 +87,40 @@ def test_an_edited_source_is_compiled_anew(
     assert machine_code(NAME, (9, 0), tmp_path, compiler).origin == "compiled"
 
 
+def test_other_options_are_other_code(
+    nothing_shipped: Path, tmp_path: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what was kept nor what is shipped is of these options."""
+    machine_code(NAME, (9, 0), tmp_path, compiler)
+    ship(nothing_shipped, "sm_80", b"shipped")
+    with monkeypatch.context() as changed:
+        changed.setattr(code, "OPTIONS", (*code.OPTIONS, "--fmad=false"))
+        assert machine_code(NAME, (9, 0), tmp_path, compiler).origin == "compiled"
+        assert machine_code(NAME, (8, 0), tmp_path, compiler).origin == "compiled"
+    assert machine_code(NAME, (9, 0), tmp_path, compiler).origin == "cached"
+    assert machine_code(NAME, (8, 0), tmp_path, compiler).origin == "shipped"
+
+
+def test_another_compiler_compiles_anew(tmp_path: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, origin in (("13.0.88", "compiled"), ("13.1.2", "compiled"), ("13.0.88", "cached")):
+        monkeypatch.setattr(code, "compiler_version", lambda version=version: version)
+        assert machine_code(NAME, (9, 0), tmp_path, compiler).origin == origin
+
+
+@pytest.mark.parametrize("package", ["nvidia_cuda_nvrtc", "nvidia_cuda_nvrtc_cu12"])
+def test_the_compilers_version_is_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """The library is not loaded for it."""
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    version = code.compiler_version.__wrapped__
+    assert version() == "unknown"
+    installed = tmp_path / "site" / f"{package}-13.0.88.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 13.0.88\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+    assert version() == "13.0.88"
+
+
 def test_a_folder_that_cannot_be_written_costs_a_compilation_only(tmp_path: Path, compiler: Compiler) -> None:
     (tmp_path / "file").write_text("")
     for _ in range(2):

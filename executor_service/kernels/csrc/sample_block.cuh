@@ -3,7 +3,7 @@
 #pragma once
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32, kBins = 2 * kThreads, kMaxListed = 512;
-// Tokens that a warp reads at once, 4 per lane; a row has at most kBins such groups.
+// Tokens that a warp reads at once, 4 per lane.
 constexpr int kGroup = 128;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kNoToken = 0x7fffffff;

@@ -110,30 +110,44 @@ template <bool kInShared, bool kOfValue>
 __device__ __noinline__ int token_at(float* lent, int width, Cut cut, Weights weights, float value, uint64 random) {
     const float* const values = values_of<kInShared>(lent);
     const float above = cut.above();
+    // A part is what one amount stands for: a group, or several behind each other where there are more than kBins.
     const int num_groups = (width + kGroup - 1) / kGroup;
+    const int in_part = kInShared ? 1 : (num_groups + kBins - 1) / kBins;
+    const int num_parts = (num_groups + in_part - 1) / in_part;
 #pragma unroll 1
-    for (int group = warp_of(); group < num_groups; group += kWarps) {
-        const int at = group * kGroup + lane_of() * 4;
-        const uint64 sum = sum_of_warp(amount_of<kOfValue>(values, width, at, 4, cut, above, weights, value));
-        if (lane_of() == 0) shared.low[group] = static_cast<unsigned>(sum), shared.high[group] = sum >> 32;
+    for (int part = warp_of(); part < num_parts; part += kWarps) {
+        uint64 sum = 0;
+#pragma unroll 1
+        for (int i = 0; i < in_part; ++i) {
+            const int at = (part * in_part + i) * kGroup + lane_of() * 4;
+            sum += sum_of_warp(amount_of<kOfValue>(values, width, at, 4, cut, above, weights, value));
+        }
+        if (lane_of() == 0) shared.low[part] = static_cast<unsigned>(sum), shared.high[part] = sum >> 32;
     }
     __syncthreads();
     const int place = 2 * threadIdx.x;
-    const uint64 first = place < num_groups ? amount_at(place) : 0;
-    const uint64 second = place + 1 < num_groups ? amount_at(place + 1) : 0;
+    const uint64 first = place < num_parts ? amount_at(place) : 0;
+    const uint64 second = place + 1 < num_parts ? amount_at(place + 1) : 0;
     const Sums sums = sum_before(first + second);
     if (sums.total == 0) return kNoToken;
     locate(sums.before, first, second, kOfValue ? random : __umul64hi(random, sums.total) + 1);
-    const int at = shared.place * kGroup + lane_of() * 4;
+    const int begin = shared.place * in_part * kGroup + lane_of() * 4;
     const uint64 target = shared.left;
     __syncthreads();
     if (warp_of() == 0) {
-        const uint64 sum = amount_of<kOfValue>(values, width, at, 4, cut, above, weights, value);
-        const uint64 reached = sum_up_to_lane(sum) - sum;
-        if (reached < target && target <= reached + sum) {
-            int e = 0;
-            while (reached + amount_of<kOfValue>(values, width, at, e + 1, cut, above, weights, value) < target) ++e;
-            shared.place = at + e;
+        uint64 before = 0;
+#pragma unroll 1
+        for (int i = 0; i < in_part; ++i) {
+            const int at = begin + i * kGroup;
+            const uint64 sum = amount_of<kOfValue>(values, width, at, 4, cut, above, weights, value);
+            const uint64 up_to = sum_up_to_lane(sum), reached = before + up_to - sum;
+            if (reached < target && target <= reached + sum) {
+                int e = 0;
+                while (reached + amount_of<kOfValue>(values, width, at, e + 1, cut, above, weights, value) < target)
+                    ++e;
+                shared.place = at + e;
+            }
+            before += __shfl_sync(kAllLanes, up_to, 31);
         }
     }
     __syncthreads();

@@ -1,15 +1,18 @@
 """Machine code of a kernel source for one GPU: shipped with the package, kept from an earlier boot, or compiled now.
 
-What is found on disk is believed only if it belongs to this very source and is whole; else it is made anew.
+What is found on disk is believed only if it belongs to this very source and is whole; else it is made anew. What was
+kept is also made anew when another compiler is installed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +22,8 @@ SOURCES: Final = Path(__file__).resolve().parent.parent / "csrc"
 SHIPPED: Final = Path(__file__).resolve().parent.parent / "cubin"
 MANIFEST: Final = "manifest.json"
 OPTIONS: Final = ("--std=c++17", "--extra-device-vectorization")
+NVRTC_PACKAGES: Final = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
+"""As wheels of torch for CUDA 13 and for CUDA 12 ask for it."""
 NEWEST_SHIPPED: Final = 10
 """The major compute capability of the newest architecture that `make kernels` makes cubins for."""
 
@@ -47,12 +52,21 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def source_digest(name: str) -> str:
-    """SHA-256 over a source and all headers: what its machine code depends on, besides the compiler."""
+    """SHA-256 over options, a source and all headers: what its machine code depends on, besides the compiler."""
     sha = hashlib.sha256()
-    for path in (SOURCES / f"{name}.cu", *sorted(SOURCES.glob("*.cuh"))):
-        content = path.read_bytes()
+    files = (path.read_bytes() for path in (SOURCES / f"{name}.cu", *sorted(SOURCES.glob("*.cuh"))))
+    for content in (" ".join(OPTIONS).encode(), *files):
         sha.update(len(content).to_bytes(8, "big") + content)
     return sha.hexdigest()
+
+
+@cache
+def compiler_version() -> str:
+    """NVRTC's, by its package: a boot that finds all code on disk has no other use for the library, and loads none."""
+    for package in NVRTC_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    return "unknown"
 
 
 def machine_code(
@@ -63,7 +77,7 @@ def machine_code(
     if (cubin := _shipped(name, capability, digest)) is not None:
         return MachineCode(cubin, "shipped")
     arch = architecture(capability)
-    path = (cache or cache_folder("kernels")) / f"{name}.{arch}.{digest[:32]}.cubin"
+    path = (cache or cache_folder("kernels")) / f"{name}.{arch}.nvrtc-{compiler_version()}.{digest[:32]}.cubin"
     if (cubin := read_cached(path)) is not None:
         return MachineCode(cubin, "cached")
     cubin = (compiler or compile_with_nvrtc)(name, arch)

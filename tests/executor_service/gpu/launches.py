@@ -184,7 +184,8 @@ def launch_sample() -> Iterator[object]:
     """Any mixture of parameters: rows in shared memory and in lent memory, equal logits, in any order."""
     rng = np.random.default_rng(0)
     for dtype, (num_rows, vocabulary), spread in [
-        *product(DTYPES, [(7, 1003), (5, 4096)], [3.0, 0.0]), *product(HALVES, [(3, 60_001), (150, 50)], [3.0]),
+        *product(DTYPES, [(7, 1003), (5, 4096)], [3.0, 0.0]),
+        *product(HALVES, [(3, 60_001), (2, 270_001), (150, 50)], [3.0]),
     ]:  # fmt: skip
         requests = [random_request(number, vocabulary, rng) for number in range(num_rows)]
         slots = SamplingSlots(DEVICE, num_rows, vocabulary, frozenset({2}))

@@ -11,6 +11,8 @@ import torch
 
 from executor_service.engine.boot import BootedEngine
 from executor_service.engine.kv_cache import GpuShareTakenError, KVCacheTooSmallError
+from executor_service.engine.memory import DeviceMemory
+from executor_service.engine.messages import MemoryLedger
 from executor_service.engine.request import Request
 from registry import MediaLimits
 from tests.executor_service.conftest import Bench, picture
@@ -19,6 +21,8 @@ from tests.executor_service.gpu.booting import boot_on_gpu
 pytestmark = pytest.mark.gpu
 
 SHARE = 0.1
+SHARE_BYTES, ERROR = 15e9, 0.02
+"""A share whose hundredths are more than a small model's allocator leaves of its slack, and less than a context."""
 MAX_MODEL_LEN, MAX_NUM_SEQS, BUDGET = 512, 16, 1024
 # A share of a GPU has room for millions of blocks of so small a model: fewer of larger ones, and no proof every step.
 BLOCKS = {"block_size": 64, "check_integrity": False}
@@ -56,9 +60,13 @@ def test_the_ledger_adds_up(checkpoint: Path) -> None:
     }
     assert ledger.weights_bytes >= sum(weights.values()) > 0
     assert min(ledger.vision_peak_bytes, ledger.language_peak_bytes, ledger.graphs_bytes, ledger.other_bytes) > 0
+    assert 0.9 * share <= predicted_bytes(ledger) <= 1.01 * share
+
+
+def predicted_bytes(ledger: MemoryLedger) -> int:
+    """Everything in the ledger; of the two peaks the larger, since they are not at the same time."""
     peak = max(ledger.vision_peak_bytes, ledger.language_peak_bytes)
-    known = ledger.weights_bytes + peak + ledger.graphs_bytes + ledger.other_bytes + ledger.kv_cache_bytes
-    assert 0.9 * share <= known <= 1.01 * share
+    return ledger.weights_bytes + peak + ledger.graphs_bytes + ledger.other_bytes + ledger.kv_cache_bytes
 
 
 def test_half_the_share_has_fewer_blocks(checkpoint: Path) -> None:
@@ -114,6 +122,35 @@ def test_the_worst_load_allocates_nothing_more(checkpoint: Path, decoder: str) -
     allowed = ledger.total_bytes * ledger.gpu_memory_utilization
     assert torch.cuda.max_memory_allocated() < allowed
     assert bench.engine.load.num_used_blocks == 0
+
+
+def test_the_driver_says_what_the_ledger_does(checkpoint: Path) -> None:
+    """After the boot, and at the worst load within two hundredths of all that the ledger has predicted.
+
+    What other processes have, and what other tests have left in this one, is no part of it.
+    """
+    memory = DeviceMemory(torch.device("cuda", torch.cuda.current_device()))
+    before = driver_bytes() - memory.own_bytes + torch.cuda.memory_reserved()
+    booted = boot_by_share(checkpoint, min(SHARE_BYTES / memory.total_bytes, 0.9), limits=MediaLimits({"image": 4}))
+    bench = Bench(checkpoint, booted, None)
+    predicted = predicted_bytes(booted.report.ledger)
+    peak = driver_bytes() - before
+    assert peak <= (1 + ERROR) * predicted
+    requests = full_requests(bench)
+    for request in requests:
+        bench.engine.add(request)
+    while bench.engine.has_work:
+        bench.engine.step()
+        peak = max(peak, driver_bytes() - before)
+    assert all(request.num_tokens == MAX_MODEL_LEN for request in requests)
+    print(f"the driver says {peak / 1e9:.3f} GB, the ledger {predicted / 1e9:.3f} GB: {peak / predicted - 1:+.2%}")
+    assert peak == pytest.approx(predicted, rel=ERROR)
+
+
+def driver_bytes() -> int:
+    """In use on the GPU, by all processes."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def full_requests(bench: Bench) -> list[Request]:

@@ -43,10 +43,11 @@ def test_sample(num_rows: int, vocabulary: int, spread: float, dtype: torch.dtyp
 
 @pytest.mark.parametrize(("vocabulary", "dtype"), [
     (128_256, torch.bfloat16), (50_003, torch.float32), (151_936, torch.float16), (2**18, torch.bfloat16),
+    (2**18 + 1, torch.float32), (262_208, torch.bfloat16), (400_001, torch.float16), (2**19, torch.bfloat16),
 ])  # fmt: skip
 def test_large_vocabularies(vocabulary: int, dtype: torch.dtype) -> None:
-    """Rows that do not fit into shared memory."""
-    for spread in (3.0, 0.2):
+    """Rows that do not fit into shared memory, and from 2^18 + 1 tokens on several groups for each amount."""
+    for spread in (3.0, 0.2, 0.0):
         check_rows(8, vocabulary, spread, dtype, vocabulary)
 
 
@@ -227,8 +228,8 @@ def test_unknown_types_and_sizes_are_refused() -> None:
     slots, tables = prepared([request], 1, 1000)
     with pytest.raises(TypeError, match="float64"):
         sample(torch.zeros((1, 1000), dtype=torch.float64, device="cuda"), slots, numbers_of([request]), tables)
-    with pytest.raises(ValueError, match="at most 262144"):
-        sample(torch.zeros((1, 2**18 + 1), device="cuda"), slots, numbers_of([request]), tables)
+    with pytest.raises(ValueError, match="at most 524288"):
+        sample(torch.zeros((1, 2**19 + 1), device="cuda"), slots, numbers_of([request]), tables)
     with pytest.raises(ValueError, match="for 2000 logits"):
         sample(torch.zeros((1, 2000), device="cuda"), slots, numbers_of([request]), tables)
 

@@ -89,7 +89,8 @@ def failing_executor(checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], 
     flags = ["--model", str(checkpoint), "--port", "0", "--device", "cuda", "--gpu-memory-utilization", "0.2",
              "--limit-mm-per-prompt", "image=4", "--max-num-seqs", "16", "--kv-cache-memory", "64MiB"]  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.executor_service.gpu.failing_executor", *flags],
+        [sys.executable, "-m", "tests.executor_service.failing_executor",
+         "tests.executor_service.gpu.failing_engine", *flags],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
@@ -107,14 +108,37 @@ def failing_executor(checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], 
         process.stderr.close()
 
 
+@contextlib.contextmanager
+def watching(channel: grpc.Channel) -> Iterator[tuple[list[int], threading.Thread]]:
+    """What health says, SERVING first, until its stream ends; a thread reads it.
+
+    As it comes: what nobody has read by the end of the connection may be lost.
+    """
+    request = health_pb2.HealthCheckRequest(service="diptych.v1.ExecutorService")
+    watched = health_pb2_grpc.HealthStub(channel).Watch(request, timeout=120)
+    said = [next(watched).status]
+    assert said == [SERVING]
+
+    def read() -> None:
+        with contextlib.suppress(grpc.RpcError):
+            said.extend(response.status for response in watched)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        yield said, reader
+    finally:
+        watched.cancel()
+        reader.join(30)
+
+
 def test_a_gpu_that_fails_ends_every_request_and_the_process(checkpoint: Path, planner: Planner) -> None:
+    """Health says so before the process goes: it gives streams, of which the watch is one, a second to end."""
     with (
         failing_executor(checkpoint) as (process, address, log),
         grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel,
+        watching(channel) as (said, reader),
     ):
-        health = health_pb2_grpc.HealthStub(channel)
-        watched = health.Watch(health_pb2.HealthCheckRequest(service="diptych.v1.ExecutorService"), timeout=60)
-        assert next(watched).status == SERVING
         with Peer(channel, timeout=60) as peer:
             waiting, running = planner.plan(), planner.plan("go", sizes=(), max_tokens=1500)
             peer.start(1, waiting)
@@ -125,8 +149,8 @@ def test_a_gpu_that_fails_ends_every_request_and_the_process(checkpoint: Path, p
                 assert answer.code is grpc.StatusCode.UNAVAILABLE
                 assert "CUDA" in answer.status.message or "device-side assert" in answer.status.message
             assert 0 < len(peer.answers[2].tokens) < 1500
-        with contextlib.suppress(grpc.RpcError):  # it may be gone before it says so
-            said = next(watched, None)
-            assert said is None or said.status == NOT_SERVING
         assert process.wait(30) == 1
+        reader.join(30)
+        assert not reader.is_alive()
+        assert said == [SERVING, NOT_SERVING]
     assert any("device-side assert" in line for line in log)
