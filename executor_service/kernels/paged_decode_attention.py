@@ -19,8 +19,7 @@ _STREAMED_DIMS: Final = (64, 128)
 _MAX_DIM: Final = 256
 _HEADS_PER_PASS: Final = 8
 _MAX_ITEMS: Final = 1 << 16
-_MAX_TILES: Final = 32
-"""Of a unit."""
+_MAX_CHUNK_TILES: Final = 32
 _GENERAL_THREADS: Final = 256
 _POINTERS: Final = (POINTER,) * 6
 _STREAM_TYPES: Final = (*_POINTERS, POINTER, *(INT,) * 6, FLOAT, FLOAT, INT, INT, INT)
@@ -104,7 +103,7 @@ class Variant:
     def max_chunks(self, num_tokens: int) -> int:
         """Of a request of at most so many tokens."""
         tiles = -(-num_tokens // (16 * self.num_warps))
-        return max(1, min(tiles, 1 << self.most_bits), -(-tiles // _MAX_TILES))
+        return max(1, min(tiles, 1 << self.most_bits), -(-tiles // _MAX_CHUNK_TILES))
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@
 #include <barrier>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <thread>
 #include <vector>
 
 #define __device__
 #define __forceinline__ inline
+#define __frcp_rn(x) (1.0f / (x))
 using std::max;
 using std::min;
 
@@ -37,6 +39,12 @@ static int __shfl_sync(unsigned, int value, int lane) {
 }
 static int __shfl_up_sync(unsigned, int value, int offset) {
     return warp::exchange(value, [offset] { return warp::given[max(warp::lane - offset, 0)]; });
+}
+static int __reduce_add_sync(unsigned, int value) {
+    return warp::exchange(value, [] { return std::accumulate(warp::given, warp::given + 32, 0); });
+}
+static int __reduce_max_sync(unsigned, int value) {
+    return warp::exchange(value, [] { return *std::max_element(warp::given, warp::given + 32); });
 }
 static unsigned __ballot_sync(unsigned, bool value) {
     return warp::exchange(value, [] {
@@ -99,17 +107,41 @@ static const char* wrong(const Inputs<float>& in, const std::vector<Unit>& units
     return at->tiles == 0 && at + 1 == units.end() ? nullptr : "the end";
 }
 
-// Whether units of requests whose chunks are alike are so, too, where a block of threads has few.
-static bool are_even(const std::vector<Unit>& units, int num_blocks) {
-    const int total = static_cast<int>(units.size()) - 1;  // behind them is one that is none
-    if (total >= kManyUnits * num_blocks) return true;
-    int each[kMostTiles + 1] = {};
-    for (int id = 0; id < total; ++id) {
-        int& known = each[units[id].chunk_tiles];
-        if (known && known != units[id].each) return false;
-        known = units[id].each;
+// How many tiles the block of threads that gets most has, if each takes the next unit as soon as it has ended one.
+static int most_tiles(const std::vector<Unit>& units, int num_blocks) {
+    std::vector<int> of_block(num_blocks);
+    for (const Unit& unit : units) *std::min_element(of_block.begin(), of_block.end()) += unit.tiles;
+    return *std::max_element(of_block.begin(), of_block.end());
+}
+
+struct Case {
+    const char* name;
+    std::vector<int> lengths;
+    int num_kv_heads, group;
+    unsigned units;    // as many as were fastest where this was measured
+    int most_tiles;
+};
+
+static const Case kCases[] = {
+    {"two whole requests for each block", std::vector<int>(16, 700), 32, 1, 512, 22},
+    {"the same of longer ones", std::vector<int>(16, 2048), 32, 1, 512, 64},
+    {"as many blocks as there can be", std::vector<int>(1, 700), 32, 1, 96, 4},
+    {"two whole requests of four heads to a key head", std::vector<int>(64, 700), 8, 4, 512, 22},
+    {"the same of longer ones, of 12 chunks", std::vector<int>(64, 2944), 8, 4, 512, 92},
+};
+
+static const char* wrong_case() {
+    for (const Case& one : kCases) {
+        const Inputs<float> in{nullptr, nullptr, nullptr, nullptr, one.lengths.data(), nullptr, nullptr,
+                               static_cast<int>(one.lengths.size()), one.num_kv_heads, one.group, one.num_kv_heads, 4,
+                               0, 1.0f, 0.0f, 0, 2, 4};
+        const std::vector<Unit> units = all_units(in, 264);
+        if (units.size() - 1 != one.units || most_tiles(units, 264) != one.most_tiles) {
+            std::printf("%zu units, at most %d tiles: ", units.size() - 1, most_tiles(units, 264));
+            return one.name;
+        }
     }
-    return true;
+    return nullptr;
 }
 
 int main() {
@@ -125,7 +157,7 @@ int main() {
                                static_cast<int>(lengths.size()), num_kv_heads, group, passes, 4, 0, 1.0f, 0.0f, window,
                                least_shift, most_bits};
         const int tiles = (*std::max_element(lengths.begin(), lengths.end()) + kTile - 1) / kTile;
-        const int most_chunks = max(min(tiles, 1 << most_bits), (tiles + kMostTiles - 1) / kMostTiles);
+        const int most_chunks = max(min(tiles, 1 << most_bits), (tiles + (1 << kChunkBits) - 1) >> kChunkBits);
         std::vector<int> chunk_tiles(lengths.size());
         const std::vector<Unit> finest = all_units(in, 1 << 20);
         // Of the finest, 3 to 9 for a block of threads: where some become coarser; or any number of blocks.
@@ -137,7 +169,15 @@ int main() {
         for (const auto& some : {finest, units})
             if (const char* what = wrong(in, some, chunk_tiles, most_chunks))
                 return std::printf("round %d: %s\n", round, what), 1;
-        if (!are_even(units, num_blocks)) return std::printf("round %d: few units, of several sizes\n", round), 1;
+        const int all_tiles = std::accumulate(finest.begin(), finest.end(), 0, [](int sum, const Unit& unit) {
+            return sum + unit.tiles;
+        });
+        const int largest = *std::max_element(chunk_tiles.begin(), chunk_tiles.end());
+        // However lengths differ: what the finest units would cost at worst is not exceeded by more than their ends.
+        const float share = static_cast<float>(all_tiles) / num_blocks;
+        if (most_tiles(units, num_blocks) > 1.25f * share + 4.0f * largest + 16.0f)
+            return std::printf("round %d: one block has %d of %d tiles\n", round, most_tiles(units, num_blocks), all_tiles), 1;
     }
+    if (const char* what = wrong_case()) return std::printf("%s\n", what), 1;
     return num_coarse < 4 ? std::printf("only %d rounds had units of several chunks\n", num_coarse), 1 : 0;
 }

@@ -59,14 +59,19 @@ template <typename T, int kDim, int kWarps> struct Clerk {
     __device__ __forceinline__ void publish(int number, int id) {
         const Unit unit = units.find(id);
         const int* table = in.block_tables + static_cast<long long>(unit.request) * in.table_stride;
-        int blocks[kWarps];
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
-            const int token = min(unit.token + lane * kTile + 16 * w, unit.length - 1);
-            blocks[w] = lane < unit.tiles ? load_past_l1(table + (token >> in.block_shift)) : 0;
+        for (int first = 0; first < kMostTiles; first += 32) {
+            const int tile = first + lane;
+            int blocks[kWarps];
+#pragma unroll
+            for (int w = 0; w < kWarps; ++w) {
+                const int token = min(unit.token + tile * kTile + 16 * w, unit.length - 1);
+                blocks[w] = tile < unit.tiles ? load_past_l1(table + (token >> in.block_shift)) : 0;
+            }
+#pragma unroll
+            for (int w = 0; w < kWarps; ++w) board.blocks[number % kTablesKept][w][tile] = blocks[w];
+            if (first + 32 >= unit.tiles) break;
         }
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) board.blocks[number % kTablesKept][w][lane] = blocks[w];
         if (lane == 0) board.units[number % kUnitsKept] = unit;
         __syncwarp();
     }

@@ -234,7 +234,7 @@ template <typename T, int kDim, int kWarps, int kStages> struct Decoder {
         for (int chunk = 0, step = 0; step < steps; ++chunk) {
             const bool is_last = step + unit.chunk_tiles >= unit.tiles;
             const Rows next = attend(number, step, is_last ? steps : step + unit.chunk_tiles, steps, stage);
-            leave_sums(reinterpret_cast<float*>(memory + free_slot(warp, stage)), unit.heads);
+            leave_sums(shared_address(memory) + free_slot(warp, stage), unit.heads);
             meet(is_last);
             if (is_last) completes = board.completes;
             results.combine(unit, chunk, is_last, memory + free_slot(0, stage), S::kRing);
@@ -302,7 +302,7 @@ template <typename T, int kDim, int kWarps, int kStages> struct Decoder {
         return of_warp * S::kRing + stage * 2 * S::kSlot + S::kSlot;
     }
 
-    __device__ __forceinline__ void leave_sums(float* to, int heads) {
+    __device__ __forceinline__ void leave_sums(unsigned slot, int heads) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             const int head = lane % 4 * 2 + e;
@@ -310,10 +310,11 @@ template <typename T, int kDim, int kWarps, int kStages> struct Decoder {
             for (int offset = 4; offset < 32; offset *= 2) sums[e] += __shfl_xor_sync(kAllLanes, sums[e], offset);
             if (head >= heads) continue;
             if (lane / 4 == 0) board.maxima[warp][head] = maxima[e], board.sums[warp][head] = sums[e];
+            const unsigned to = slot + place_in_sums<kDim>(head, lane / 4) * 4;
 #pragma unroll
             for (int i = 0; i < kDim / 16; ++i) {
-                to[place_in_sums<kDim>(head, 16 * i + lane / 4)] = values[i][e];
-                to[place_in_sums<kDim>(head, 16 * i + 8 + lane / 4)] = values[i][e + 2];
+                store_shared(to ^ i * 64, values[i][e]);
+                store_shared(to ^ (i * 64 + 32), values[i][e + 2]);
             }
         }
     }
@@ -322,7 +323,8 @@ template <typename T, int kDim, int kWarps, int kStages> struct Decoder {
 
 template <typename T, int kDim, int kWarps, int kStages> __device__ __forceinline__ void stream(const Inputs<T>& in) {
     using S = Shape<kDim, kWarps, kStages>;
-    extern __shared__ __align__(256) unsigned char memory[];  // rows of 256 bytes: addresses in them are made by xor
+    // Addresses in rows of 256 bytes, and in a head's 512 bytes of sums, are made by xor.
+    extern __shared__ __align__(512) unsigned char memory[];
     __shared__ Board<kWarps> board;
     let_next_begin();
     const int thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(kAllLanes, thread / 32, 0);

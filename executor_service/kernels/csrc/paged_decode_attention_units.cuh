@@ -1,14 +1,14 @@
 // How the work of paged_decode_attention is cut into units.
 //
 // An item is a request and a pass: up to eight query heads of one KV head. Its visible tokens are cut into chunks, how
-// long ones depends on the request alone. Sums over chunks are added up as a tree over each eight of them, and these in
-// order. A unit is a subtree: 1, 2, 4 or 8 chunks, by how much work there is, and its root is what it leaves to be
+// long ones depends on the request alone. Sums over chunks are added up as a tree over each 16 of them, and these in
+// order. A unit is a subtree: 1, 2, 4, 8 or 16 chunks, by how much work there is, and its root is what it leaves to be
 // added up. So an item's result depends neither on who else is in the batch nor on the GPU's size, whatever its units
 // are.
 //
 // Units are numbered pass by pass, then along the tokens, then request by request: those that are worked on at the same
-// time read the same tokens' rows of all heads, whole pieces of memory. Where there are many, they become smaller towards
-// the last requests, so that all blocks of threads end at about the same time.
+// time read the same tokens' rows of all heads, whole pieces of memory. All units of a launch are of one level: the one
+// by which the blocks of threads, given how many there are, are estimated to end first.
 #pragma once
 
 #include "numbers.cuh"
@@ -17,18 +17,14 @@
 namespace {
 
 constexpr int kHeads = 8;       // query heads of one pass: the width of a matrix product
-constexpr int kMostTiles = 32;  // of a unit: each lane of a warp looks up one
-constexpr int kLevels = 3;      // of a tree
-constexpr int kEven = 4;        // a bit beside the level
+constexpr int kChunkBits = 5;   // a chunk has 2^5 tiles at most, and a unit 2^6
+constexpr int kUnitBits = 6, kMostTiles = 1 << kUnitBits;
+constexpr int kLevels = 4;      // of a tree
 constexpr int kManyHeads = 4;   // of a pass, whose partial results take a while to add up
-constexpr int kManyUnits = 4;   // of a block of threads: of fewer, smaller ones cost more than they even out
 
-// Units become larger than a chunk, twice as large with every level, only if every block of threads still gets so many
-// of them: so many halves. As measured (docs/notes/paged_decode_attention.md).
-__device__ __forceinline__ int least_halves(int level, int group) {
-    if (group < kManyHeads) return 16;
-    return level == 1 ? 3 : level == 2 ? 8 : 16;
-}
+// How long a choice of units takes, in the time of a tile: what a unit costs beside its tiles, with few heads and with
+// many, and how much of a unit some blocks are late. As measured (docs/notes/paged_decode_attention.md).
+constexpr float kUnitCost = 0.75f, kManyHeadsUnitCost = 2.0f, kEndCost = 0.75f;
 
 template <typename T> struct Inputs {
     const T* query;
@@ -71,56 +67,64 @@ __device__ __forceinline__ int sum_up_to(int value, int lane) {
     return value;
 }
 
+__device__ __forceinline__ int sum_of(int value) { return __reduce_add_sync(kAllLanes, value); }
+
+__device__ __forceinline__ int highest_of(int value) { return __reduce_max_sync(kAllLanes, value); }
+
 // A warp's way from a unit's number to the unit. A lane knows how many units come before its `each` requests.
 template <typename T, int kTile> struct Units {
     const Inputs<T>& in;
-    int lane, each, level, before, total, first_length;  // with kEven in `level`, if all units are of that level
+    int lane, each, level, before, total, first_length;
 
     __device__ __forceinline__ Units(const Inputs<T>& inputs, int of_lane, int num_blocks)
         : in(inputs), lane(of_lane), each((in.batch + 31) / 32), level(0) {
-        int counts[kLevels + 1] = {};  // of this lane's units, by how coarse they are
+        Counts counts;
 #pragma unroll 4
         for (int i = 0; i < each; ++i) {
             const int request = lane * each + i, length = length_of(request, in.batch);
             if (i == 0) first_length = length;
-#pragma unroll
-            for (int l = 0; l <= kLevels; ++l) counts[l] += in.passes * span_of(length, level_of(request, l)).units;
+            count(counts, span_of(length, 0));
         }
-        int up_to = sum_up_to(counts[0], lane);
-        before = up_to - counts[0];
+        before = counts.units[0];
+        if (in.passes * sum_of(before) > num_blocks) choose(counts, num_blocks);
+        before *= in.passes;
+        const int up_to = sum_up_to(before, lane);
+        before = up_to - before;
         total = __shfl_sync(kAllLanes, up_to, 31);
-#pragma unroll
-        for (int l = 1; l <= kLevels; ++l) {
-            up_to = sum_up_to(counts[l], lane);
-            const int fewer = __shfl_sync(kAllLanes, up_to, 31);
-            if (2 * fewer < least_halves(l, in.group) * num_blocks) continue;
-            before = up_to - counts[l], total = fewer, level = l;
-        }
-        if (level > 0 && total < kManyUnits * num_blocks) even_out();
     }
 
-    // All units of the level, and counted anew.
-    __device__ __forceinline__ void even_out() {
-        level |= kEven;
-        int count = 0;
-#pragma unroll 1
-        for (int i = 0; i < each; ++i) {
-            const int request = lane * each + i;
-            count += in.passes * span_of(length_of(request, in.batch), level_of(request, level)).units;
+    // Of this lane's requests, for one pass: units by level; tiles, also of the longest request.
+    struct Counts {
+        int units[kLevels + 1] = {}, tiles = 0, longest = 0;
+    };
+
+    __device__ __forceinline__ void count(Counts& counts, const Span& span) const {
+        counts.tiles += span.tiles;
+        counts.longest = max(counts.longest, span.tiles);
+#pragma unroll
+        for (int l = 0; l <= kLevels; ++l) counts.units[l] += units_of(span, l);
+    }
+
+    // The level that takes least time, and how many units of it this lane's requests have. If units are alike, blocks
+    // work in rounds; if not, who ends earlier takes the next one, and some are late by most of a unit in the end.
+    __device__ __forceinline__ void choose(const Counts& counts, int num_blocks) {
+        const float of_unit = in.group < kManyHeads ? kUnitCost : kManyHeadsUnitCost;
+        const float each_block = in.passes * __frcp_rn(static_cast<float>(num_blocks));
+        const int tiles = sum_of(counts.tiles), longest = highest_of(counts.longest);
+        float least = 0.0f;
+#pragma unroll
+        for (int l = 0; l <= kLevels; ++l) {
+            const int units = sum_of(counts.units[l]), largest = min(1 << unit_shift_of(longest, l), longest);
+            // Less a little, which what is left of a division is more than, and errors are not.
+            const float rounds = fmaxf(ceilf(units * each_block - 0.001f), 1.0f) * (largest + of_unit);
+            const float shared = (tiles + units * of_unit) * each_block + kEndCost * largest;
+            if (l > 0 && fminf(rounds, shared) > least) continue;
+            least = fminf(rounds, shared), level = l, before = counts.units[l];
         }
-        const int up_to = sum_up_to(count, lane);
-        before = up_to - count;
-        total = __shfl_sync(kAllLanes, up_to, 31);
     }
 
     __device__ __forceinline__ int length_of(int request, int end) const {
         return request < end ? load_past_l1(in.lengths + request) : 0;
-    }
-
-    // Of most requests `of_most`, less one for the last quarter or eighth, and one more wherever half as many are left.
-    __device__ __forceinline__ int level_of(int request, int of_most) const {
-        const int halvings = __clz(4 * (in.batch - request)) - __clz(in.batch);
-        return of_most & kEven ? of_most - kEven : max(0, of_most - max(0, halvings));
     }
 
     __device__ __forceinline__ Span span_of(int length, int of_level) const {
@@ -128,11 +132,24 @@ template <typename T, int kTile> struct Units {
         span.start = in.window > 0 && length > in.window ? length - in.window : 0;
         span.first = span.start & ~15;
         span.tiles = length > 0 ? (length - span.first + kTile - 1) / kTile : 0;
-        const int bits = 32 - __clz(max(span.tiles - 1, 0));
-        span.chunk_shift = min(max(bits - in.most_bits, in.least_shift), 5);
-        span.unit_shift = min(span.chunk_shift + of_level, 5);
-        span.units = (span.tiles + (1 << span.unit_shift) - 1) >> span.unit_shift;
+        span.chunk_shift = chunk_shift_of(span.tiles);
+        span.unit_shift = unit_shift_of(span.tiles, of_level);
+        span.units = units_of(span, of_level);
         return span;
+    }
+
+    __device__ __forceinline__ int chunk_shift_of(int tiles) const {
+        const int bits = 32 - __clz(max(tiles - 1, 0));
+        return min(max(bits - in.most_bits, in.least_shift), kChunkBits);
+    }
+
+    __device__ __forceinline__ int unit_shift_of(int tiles, int of_level) const {
+        return min(chunk_shift_of(tiles) + of_level, kUnitBits);
+    }
+
+    __device__ __forceinline__ int units_of(const Span& span, int of_level) const {
+        const int shift = min(span.chunk_shift + of_level, kUnitBits);
+        return (span.tiles + (1 << shift) - 1) >> shift;
     }
 
     // All lanes ask for, and get, the same.
@@ -146,7 +163,7 @@ template <typename T, int kTile> struct Units {
             length = __shfl_sync(kAllLanes, first_length, group);
         else
             length = find_among(unit.request, base, id);
-        const Span span = span_of(length, level_of(unit.request, level));
+        const Span span = span_of(length, level);
         unit.place = (id - base) / in.passes, unit.places = span.units;
         const int pass = id - base - unit.place * in.passes;
         // A pass has up to kHeads heads of one KV head: which, is known from how many passes there are of each.
@@ -169,7 +186,7 @@ template <typename T, int kTile> struct Units {
 #pragma unroll 1
         for (;; request += 32) {
             const int length = length_of(request + lane, end);
-            const int mine = in.passes * span_of(length, level_of(request + lane, level)).units;
+            const int mine = in.passes * span_of(length, level).units;
             const int up_to = base + sum_up_to(mine, lane);
             const unsigned beyond = __ballot_sync(kAllLanes, up_to > id);
             base = __shfl_sync(kAllLanes, up_to - (beyond ? mine : 0), beyond ? __ffs(beyond) - 1 : 31);
