@@ -37,7 +37,7 @@ REPEATS = 7
 SECONDS_EACH = 0.006
 PAGED_PEERS = ("flashinfer", "flashinfer tensor cores", "flash attention 3")
 VARIANTS = {
-    f"{v.num_warps} warps, {v.num_stages} stages, {v.blocks_each} blocks, cut {v.least_shift}/{v.most_bits}": v
+    f"{v.num_warps} warps, {v.num_stages} stages, {v.blocks_each} blocks": v
     for v in (ours.Variant(4, 3, 2), ours.Variant(4, 2, 2))
 }
 

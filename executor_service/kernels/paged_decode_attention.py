@@ -19,10 +19,9 @@ _STREAMED_DIMS: Final = (64, 128)
 _MAX_DIM: Final = 256
 _HEADS_PER_PASS: Final = 8
 _MAX_ITEMS: Final = 1 << 16
-_MAX_CHUNK_TILES: Final = 32
 _GENERAL_THREADS: Final = 256
 _POINTERS: Final = (POINTER,) * 6
-_STREAM_TYPES: Final = (*_POINTERS, POINTER, *(INT,) * 6, FLOAT, FLOAT, INT, INT, INT)
+_STREAM_TYPES: Final = (*_POINTERS, POINTER, *(INT,) * 6, FLOAT, FLOAT, INT)
 _GENERAL_TYPES: Final = (*_POINTERS, INT, INT, INT, INT, INT, FLOAT, FLOAT, INT)
 
 
@@ -92,18 +91,17 @@ class Variant:
     """Tiles that copies run ahead."""
     blocks_each: int
     """Blocks per multiprocessor."""
-    least_shift: int = 2
-    most_bits: int = 4
-    """A request's chunks are of 2^`least_shift` tiles at least, and at most 2^`most_bits` as far as that goes."""
 
     def shared_bytes(self, head_dim: int) -> int:
         """The ring of keys and values."""
         return self.num_stages * self.num_warps * 2 * 16 * 2 * head_dim
 
     def max_chunks(self, num_tokens: int) -> int:
-        """Of a request of at most so many tokens."""
+        """Of a request of at most so many tokens, as csrc/paged_decode_attention_units.cuh cuts it."""
         tiles = -(-num_tokens // (16 * self.num_warps))
-        return max(1, min(tiles, 1 << self.most_bits), -(-tiles // _MAX_CHUNK_TILES))
+        even = max(2 * tiles // 5, 1).bit_length() - 1
+        needed = ((tiles - 1) // 32).bit_length()
+        return 1 << max(min(even, 4), needed)
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ def launch(
         stream.kernel(
             (min(stream.num_blocks, num_units),), 32 * (built.num_warps + 1), *pointers, partials, batch, num_kv_heads,
             num_heads // num_kv_heads, stream.num_passes, block_size.bit_length() - 1, block_tables.stride(0), *factors,
-            sliding_window, built.least_shift, built.most_bits,
+            sliding_window,
         )  # fmt: skip
     else:
         _general(query.dtype, head_dim)(

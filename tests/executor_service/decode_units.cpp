@@ -75,34 +75,40 @@ static std::vector<Unit> all_units(const Inputs<float>& in, int num_blocks) {
     return found;
 }
 
-// Follows the units in their order. `chunk_tiles` are what chunks have without anybody else's units.
-static const char* wrong(const Inputs<float>& in, const std::vector<Unit>& units, const std::vector<int>& chunk_tiles,
-                         int most_chunks) {
+// Follows the units in their order. `chunk_bits` are what requests have without anybody else's units.
+static const char* wrong(const Inputs<float>& in, const std::vector<Unit>& units, const std::vector<int>& chunk_bits,
+                         int most_bits) {
     auto at = units.begin();
     for (int request = 0; request < in.batch; ++request) {
         const int length = in.lengths[request], start = in.window > 0 ? max(length - in.window, 0) : 0;
-        int token = start / 16 * 16, chunks = 0;
-        for (int place = 0; token < length; ++place) {
-            const int next = token + at->tiles * kTile, of_unit = (1 << kLevels) / at->each;
-            chunks += (at->tiles + at->chunk_tiles - 1) / at->chunk_tiles;
+        const int first = start / 16 * 16, tiles = length > 0 ? (length - first + kTile - 1) / kTile : 0;
+        int tile = 0, chunk = 0;
+        for (int place = 0; tile < tiles; ++place) {
+            const int next = tile + at->tiles, of_unit = (1 << kLevels) / at->each, chunks = min(of_unit, 1 << at->chunk_bits);
             int head = 0;
             for (int pass = 0; pass < in.passes; ++pass, ++at) {
                 if (at->tiles < 1 || at->tiles > kMostTiles) return "a unit has no tiles, or too many";
                 if (at->request != request || at->place != place || at->id != at - units.begin()) return "the order";
-                if (at->token != token || at->start != start || at->length != length) return "the tokens";
-                if (at->chunk_tiles != chunk_tiles[request]) return "a chunk depends on others";
-                if (next < length ? at->tiles != of_unit * at->chunk_tiles : at->tiles > of_unit * at->chunk_tiles)
-                    return "not a subtree";
-                if (at->item != request * in.passes + pass || next != token + at->tiles * kTile) return "the passes";
+                if (at->token != first + tile * kTile || at->start != start || at->length != length) return "the tokens";
+                if (at->chunk_bits != chunk_bits[request] || at->item_tiles != tiles) return "a chunk depends on others";
+                if (at->chunk != chunk || chunk % chunks) return "not a subtree";
+                for (int number = 0, last = 0; number < chunks; last = at->end_of(number++)) {
+                    const int of_chunk = at->end_of(number) - last, even = tiles >> at->chunk_bits;
+                    if (of_chunk != even && of_chunk != even + 1) return "chunks differ by more than a tile";
+                    if (of_chunk < 1 || of_chunk > 1 << kChunkBits) return "a chunk is empty, or too long";
+                }
+                if (at->end_of(chunks - 1) != at->tiles) return "the unit's end";
+                if (at->item != request * in.passes + pass || next != tile + at->tiles) return "the passes";
                 if (at->head != head || at->kv_head != head / in.group || at->heads < 1) return "the heads";
                 if (head / in.group != (head + at->heads - 1) / in.group) return "heads of two KV heads";
                 head += at->heads;
             }
             if (head != in.num_heads()) return "not all heads";
-            token = next;
-            if (token >= length && at[-1].places != place + 1) return "the number of units";
+            tile = next, chunk += chunks;
+            if (tile >= tiles && at[-1].places != place + 1) return "the number of units";
         }
-        if (chunks > most_chunks) return "more chunks than there is room for";
+        if (tile != tiles || (tiles > 0 && chunk != 1 << at[-1].chunk_bits)) return "what is seen";
+        if (tiles > 0 && at[-1].chunk_bits > most_bits) return "more chunks than there is room for";
     }
     return at->tiles == 0 && at + 1 == units.end() ? nullptr : "the end";
 }
@@ -125,16 +131,17 @@ struct Case {
 static const Case kCases[] = {
     {"two whole requests for each block", std::vector<int>(16, 700), 32, 1, 512, 22},
     {"the same of longer ones", std::vector<int>(16, 2048), 32, 1, 512, 64},
-    {"as many blocks as there can be", std::vector<int>(1, 700), 32, 1, 96, 4},
     {"two whole requests of four heads to a key head", std::vector<int>(64, 700), 8, 4, 512, 22},
-    {"the same of longer ones, of 12 chunks", std::vector<int>(64, 2944), 8, 4, 512, 92},
+    {"the same of longer ones", std::vector<int>(64, 2944), 8, 4, 512, 92},
+    {"half a request for each block", std::vector<int>(16, 2944), 8, 4, 256, 23},
+    {"as many units as there can be", std::vector<int>(1, 700), 32, 1, 128, 3},
 };
 
 static const char* wrong_case() {
     for (const Case& one : kCases) {
         const Inputs<float> in{nullptr, nullptr, nullptr, nullptr, one.lengths.data(), nullptr, nullptr,
                                static_cast<int>(one.lengths.size()), one.num_kv_heads, one.group, one.num_kv_heads, 4,
-                               0, 1.0f, 0.0f, 0, 2, 4};
+                               0, 1.0f, 0.0f, 0};
         const std::vector<Unit> units = all_units(in, 264);
         if (units.size() - 1 != one.units || most_tiles(units, 264) != one.most_tiles) {
             std::printf("%zu units, at most %d tiles: ", units.size() - 1, most_tiles(units, 264));
@@ -151,31 +158,31 @@ int main() {
     for (int round = 0; round < 24; ++round) {
         std::vector<int> lengths(1 + below(round % 3 ? 8 : 1 << below(10)));
         for (int& length : lengths) length = below(4) ? below(lengths.size() > 32 ? 100 : 200 << below(7)) : 0;
-        const int group = 1 + below(20), num_kv_heads = 1 + below(3), most_bits = below(5), least_shift = below(3);
+        const int group = 1 + below(20), num_kv_heads = 1 + below(3);
         const int passes = num_kv_heads * ((group + kHeads - 1) / kHeads), window = below(2) ? 0 : 1 + below(3000);
         const Inputs<float> in{nullptr, nullptr, nullptr, nullptr, lengths.data(), nullptr, nullptr,
-                               static_cast<int>(lengths.size()), num_kv_heads, group, passes, 4, 0, 1.0f, 0.0f, window,
-                               least_shift, most_bits};
+                               static_cast<int>(lengths.size()), num_kv_heads, group, passes, 4, 0, 1.0f, 0.0f, window};
         const int tiles = (*std::max_element(lengths.begin(), lengths.end()) + kTile - 1) / kTile;
-        const int most_chunks = max(min(tiles, 1 << most_bits), (tiles + (1 << kChunkBits) - 1) >> kChunkBits);
-        std::vector<int> chunk_tiles(lengths.size());
+        // As the launcher reckons.
+        const int even = 31 - __clz(max(2 * tiles / kLeastHalves, 1)), needed = 32 - __clz(max(tiles - 1, 0) >> kChunkBits);
+        const int room = max(min(even, kMostBits), needed);
+        std::vector<int> chunk_bits(lengths.size());
         const std::vector<Unit> finest = all_units(in, 1 << 20);
         // Of the finest, 3 to 9 for a block of threads: where some become coarser; or any number of blocks.
         const int num_blocks = below(2) ? max(static_cast<int>(finest.size()) / (3 + below(7)), 1) : 1 << below(8);
         const std::vector<Unit> units = all_units(in, num_blocks);
         for (const Unit& unit : finest)
-            if (unit.tiles) chunk_tiles[unit.request] = unit.chunk_tiles;
+            if (unit.tiles) chunk_bits[unit.request] = unit.chunk_bits;
         num_coarse += units.size() < finest.size();
         for (const auto& some : {finest, units})
-            if (const char* what = wrong(in, some, chunk_tiles, most_chunks))
+            if (const char* what = wrong(in, some, chunk_bits, room))
                 return std::printf("round %d: %s\n", round, what), 1;
         const int all_tiles = std::accumulate(finest.begin(), finest.end(), 0, [](int sum, const Unit& unit) {
             return sum + unit.tiles;
         });
-        const int largest = *std::max_element(chunk_tiles.begin(), chunk_tiles.end());
         // However lengths differ: what the finest units would cost at worst is not exceeded by more than their ends.
         const float share = static_cast<float>(all_tiles) / num_blocks;
-        if (most_tiles(units, num_blocks) > 1.25f * share + 4.0f * largest + 16.0f)
+        if (most_tiles(units, num_blocks) > 1.25f * share + 32.0f)
             return std::printf("round %d: one block has %d of %d tiles\n", round, most_tiles(units, num_blocks), all_tiles), 1;
     }
     if (const char* what = wrong_case()) return std::printf("%s\n", what), 1;

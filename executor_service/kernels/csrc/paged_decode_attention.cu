@@ -81,7 +81,7 @@ __device__ __forceinline__ void attend_head(const Inputs<T>& in, int head_dim, i
         let_next_begin();                                                                                            \
         wait_for_previous();                                                                                         \
         attend_head<T>({query, keys, values, block_tables, lengths, out, nullptr, 0, num_kv_heads,                   \
-                        num_heads / num_kv_heads, 0, 0, table_stride, scale, softcap, window, 0, 0},                 \
+                        num_heads / num_kv_heads, 0, 0, table_stride, scale, softcap, window},                 \
                        head_dim, block_size);                                                                        \
     }
 FOR_EACH_DTYPE(GENERAL)
@@ -92,10 +92,10 @@ FOR_EACH_DTYPE(GENERAL)
         paged_decode_attention_##NAME##_##DIM##_##WARPS##_##STAGES(                                                  \
             const T* query, const T* keys, const T* values, const int* block_tables, const int* lengths, T* out,     \
             float* partials, int batch, int num_kv_heads, int group, int passes, int block_shift, int table_stride,  \
-            float scale, float softcap, int window, int least_shift, int most_bits) {                                \
+            float scale, float softcap, int window) {                                                                \
         stream<T, DIM, WARPS, STAGES>({query, keys, values, block_tables, lengths, out, partials, batch,             \
                                        num_kv_heads, group, passes, block_shift, table_stride, scale, softcap,       \
-                                       window, least_shift, most_bits});                                             \
+                                       window});                                                                     \
     }
 #define DIMS(NAME, T)             \
     STREAMING(NAME, T, 64, 4, 2)  \

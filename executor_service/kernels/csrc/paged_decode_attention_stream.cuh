@@ -232,8 +232,9 @@ template <typename T, int kDim, int kWarps, int kStages> struct Decoder {
         bool completes = false;
 #pragma unroll 1
         for (int chunk = 0, step = 0; step < steps; ++chunk) {
-            const bool is_last = step + unit.chunk_tiles >= unit.tiles;
-            const Rows next = attend(number, step, is_last ? steps : step + unit.chunk_tiles, steps, stage);
+            const int end = unit.end_of(chunk);
+            const bool is_last = end == unit.tiles;
+            const Rows next = attend(number, step, is_last ? steps : end, steps, stage);
             leave_sums(shared_address(memory) + free_slot(warp, stage), unit.heads);
             meet(is_last);
             if (is_last) completes = board.completes;

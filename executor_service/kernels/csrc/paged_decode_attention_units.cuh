@@ -1,10 +1,10 @@
 // How the work of paged_decode_attention is cut into units.
 //
-// An item is a request and a pass: up to eight query heads of one KV head. Its visible tokens are cut into chunks, how
-// long ones depends on the request alone. Sums over chunks are added up as a tree over each 16 of them, and these in
-// order. A unit is a subtree: 1, 2, 4, 8 or 16 chunks, by how much work there is, and its root is what it leaves to be
-// added up. So an item's result depends neither on who else is in the batch nor on the GPU's size, whatever its units
-// are.
+// An item is a request and a pass: up to eight query heads of one KV head. Its visible tokens are cut in two, and each
+// half again, as often as their number says: into 2^n chunks that differ by a tile at most. Sums over chunks are added
+// up as a tree over each 16 of them, and these in order. A unit is a subtree: 1, 2, 4, 8 or 16 chunks, by how much work
+// there is, and its root is what it leaves to be added up. So an item's result depends neither on who else is in the
+// batch nor on the GPU's size, whatever its units are.
 //
 // Units are numbered pass by pass, then along the tokens, then request by request: those that are worked on at the same
 // time read the same tokens' rows of all heads, whole pieces of memory. All units of a launch are of one level: the one
@@ -17,8 +17,9 @@
 namespace {
 
 constexpr int kHeads = 8;       // query heads of one pass: the width of a matrix product
-constexpr int kChunkBits = 5;   // a chunk has 2^5 tiles at most, and a unit 2^6
-constexpr int kUnitBits = 6, kMostTiles = 1 << kUnitBits;
+constexpr int kMostBits = 4;    // of a request's chunks, 2^4, as far as they get no longer than 2^5 tiles
+constexpr int kChunkBits = 5, kLeastHalves = 5;  // and none has less than five halves of a tile
+constexpr int kUnitBits = 6, kMostTiles = 1 << kUnitBits;  // of a unit
 constexpr int kLevels = 4;      // of a tree
 constexpr int kManyHeads = 4;   // of a pass, whose partial results take a while to add up
 
@@ -38,24 +39,40 @@ template <typename T> struct Inputs {
     int block_shift, table_stride;
     float scale, softcap;
     int window;
-    int least_shift, most_bits;  // of chunks: 2^least_shift tiles at least, at most 2^most_bits as far as that goes
 
     __device__ __forceinline__ int num_heads() const { return num_kv_heads * group; }
 };
 
-// The part of a request that its query sees: tokens [start, length), in tiles that begin at `first`, chunks of
-// 2^chunk_shift of them, and units of 2^unit_shift.
+// The part of a request that its query sees: tokens [start, length), in tiles that begin at `first`.
 struct Span {
-    int start, first, tiles, chunk_shift, unit_shift, units;
+    int start, first, tiles, bits;  // 2^bits chunks
+
+    // Of how many chunks, as bits, a unit of a level is: no more than there are, and than have room.
+    __device__ __forceinline__ int unit_bits(int level) const {
+        return min(level, bits - (32 - __clz(max(tiles - 1, 0) >> kUnitBits)));
+    }
+
+    __device__ __forceinline__ int most_tiles(int of_unit) const {
+        return (tiles + (1 << (bits - of_unit)) - 1) >> (bits - of_unit);
+    }
+
+    __device__ __forceinline__ int units(int level) const { return tiles > 0 ? 1 << (bits - unit_bits(level)) : 0; }
 };
 
 // Unit `place` of the `places` of an item; `each` make a whole tree. `head` is the first of its `heads` query heads.
-// Its tokens begin at `token`; of the request's, [start, length) are seen. No unit: tiles is 0.
+// Its tokens begin at `token`; of the request's, [start, length) are seen. No unit: tiles is 0. Its chunks begin with
+// `chunk` of the 2^chunk_bits into which `item_tiles` are cut.
 struct alignas(16) Unit {
     int request, kv_head, head, heads;
     int token, start, length, tiles;
     int id, item, place, places;
-    int chunk_tiles, each;
+    int chunk, chunk_bits, item_tiles, each;
+
+    // Where chunk `number` of the item begins.
+    __device__ __forceinline__ int tile_of(int number) const { return number * item_tiles >> chunk_bits; }
+
+    // Where chunk `number` of the unit ends, in the unit.
+    __device__ __forceinline__ int end_of(int number) const { return tile_of(chunk + number + 1) - tile_of(chunk); }
 };
 
 __device__ __forceinline__ int sum_up_to(int value, int lane) {
@@ -83,7 +100,7 @@ template <typename T, int kTile> struct Units {
         for (int i = 0; i < each; ++i) {
             const int request = lane * each + i, length = length_of(request, in.batch);
             if (i == 0) first_length = length;
-            count(counts, span_of(length, 0));
+            count(counts, span_of(length));
         }
         before = counts.units[0];
         if (in.passes * sum_of(before) > num_blocks) choose(counts, num_blocks);
@@ -102,7 +119,7 @@ template <typename T, int kTile> struct Units {
         counts.tiles += span.tiles;
         counts.longest = max(counts.longest, span.tiles);
 #pragma unroll
-        for (int l = 0; l <= kLevels; ++l) counts.units[l] += units_of(span, l);
+        for (int l = 0; l <= kLevels; ++l) counts.units[l] += span.units(l);
     }
 
     // The level that takes least time, and how many units of it this lane's requests have. If units are alike, blocks
@@ -110,11 +127,12 @@ template <typename T, int kTile> struct Units {
     __device__ __forceinline__ void choose(const Counts& counts, int num_blocks) {
         const float of_unit = in.group < kManyHeads ? kUnitCost : kManyHeadsUnitCost;
         const float each_block = in.passes * __frcp_rn(static_cast<float>(num_blocks));
-        const int tiles = sum_of(counts.tiles), longest = highest_of(counts.longest);
+        const int tiles = sum_of(counts.tiles), most = highest_of(counts.longest);
+        const Span longest{0, 0, most, bits_of(most)};
         float least = 0.0f;
 #pragma unroll
         for (int l = 0; l <= kLevels; ++l) {
-            const int units = sum_of(counts.units[l]), largest = min(1 << unit_shift_of(longest, l), longest);
+            const int units = sum_of(counts.units[l]), largest = longest.most_tiles(longest.unit_bits(l));
             // Less a little, which what is left of a division is more than, and errors are not.
             const float rounds = fmaxf(ceilf(units * each_block - 0.001f), 1.0f) * (largest + of_unit);
             const float shared = (tiles + units * of_unit) * each_block + kEndCost * largest;
@@ -127,29 +145,19 @@ template <typename T, int kTile> struct Units {
         return request < end ? load_past_l1(in.lengths + request) : 0;
     }
 
-    __device__ __forceinline__ Span span_of(int length, int of_level) const {
+    __device__ __forceinline__ Span span_of(int length) const {
         Span span;
         span.start = in.window > 0 && length > in.window ? length - in.window : 0;
         span.first = span.start & ~15;
         span.tiles = length > 0 ? (length - span.first + kTile - 1) / kTile : 0;
-        span.chunk_shift = chunk_shift_of(span.tiles);
-        span.unit_shift = unit_shift_of(span.tiles, of_level);
-        span.units = units_of(span, of_level);
+        span.bits = bits_of(span.tiles);
         return span;
     }
 
-    __device__ __forceinline__ int chunk_shift_of(int tiles) const {
-        const int bits = 32 - __clz(max(tiles - 1, 0));
-        return min(max(bits - in.most_bits, in.least_shift), kChunkBits);
-    }
-
-    __device__ __forceinline__ int unit_shift_of(int tiles, int of_level) const {
-        return min(chunk_shift_of(tiles) + of_level, kUnitBits);
-    }
-
-    __device__ __forceinline__ int units_of(const Span& span, int of_level) const {
-        const int shift = min(span.chunk_shift + of_level, kUnitBits);
-        return (span.tiles + (1 << shift) - 1) >> shift;
+    __device__ __forceinline__ static int bits_of(int tiles) {
+        const int even = 31 - __clz(max(2 * tiles / kLeastHalves, 1));
+        const int needed = 32 - __clz(max(tiles - 1, 0) >> kChunkBits);
+        return max(min(even, kMostBits), needed);
     }
 
     // All lanes ask for, and get, the same.
@@ -163,20 +171,21 @@ template <typename T, int kTile> struct Units {
             length = __shfl_sync(kAllLanes, first_length, group);
         else
             length = find_among(unit.request, base, id);
-        const Span span = span_of(length, level);
-        unit.place = (id - base) / in.passes, unit.places = span.units;
+        const Span span = span_of(length);
+        const int unit_bits = span.unit_bits(level);
+        unit.place = (id - base) / in.passes, unit.places = 1 << (span.bits - unit_bits);
         const int pass = id - base - unit.place * in.passes;
         // A pass has up to kHeads heads of one KV head: which, is known from how many passes there are of each.
         unit.kv_head = in.group <= kHeads ? pass : pass / ((in.group + kHeads - 1) / kHeads);
         const int first = pass - unit.kv_head * ((in.group + kHeads - 1) / kHeads);
         unit.head = unit.kv_head * in.group + first * kHeads;
         unit.heads = min(kHeads, (unit.kv_head + 1) * in.group - unit.head);
-        unit.token = span.first + ((unit.place * kTile) << span.unit_shift);
+        unit.chunk = unit.place << unit_bits, unit.chunk_bits = span.bits, unit.item_tiles = span.tiles;
+        unit.token = span.first + unit.tile_of(unit.chunk) * kTile;
         unit.start = span.start, unit.length = length;
-        unit.tiles = min(1 << span.unit_shift, span.tiles - (unit.place << span.unit_shift));
+        unit.tiles = unit.end_of((1 << unit_bits) - 1);
         unit.id = id, unit.item = unit.request * in.passes + pass;
-        unit.chunk_tiles = 1 << span.chunk_shift;
-        unit.each = (1 << kLevels) >> (span.unit_shift - span.chunk_shift);
+        unit.each = (1 << kLevels) >> unit_bits;
         return unit;
     }
 
@@ -186,7 +195,7 @@ template <typename T, int kTile> struct Units {
 #pragma unroll 1
         for (;; request += 32) {
             const int length = length_of(request + lane, end);
-            const int mine = in.passes * span_of(length, level).units;
+            const int mine = in.passes * span_of(length).units(level);
             const int up_to = base + sum_up_to(mine, lane);
             const unsigned beyond = __ballot_sync(kAllLanes, up_to > id);
             base = __shfl_sync(kAllLanes, up_to - (beyond ? mine : 0), beyond ? __ffs(beyond) - 1 : 31);
