@@ -94,44 +94,50 @@ template <typename T, int kTile> struct Units {
     int lane, each, level, before, total, first_length;
 
     __device__ __forceinline__ Units(const Inputs<T>& inputs, int of_lane, int num_blocks)
-        : in(inputs), lane(of_lane), each((in.batch + 31) / 32), level(0), before(0) {
-        first_length = length_of(lane * each, in.batch);
+        : in(inputs), lane(of_lane), each((in.batch + 31) / 32), level(0) {
+        Counts counts;
 #pragma unroll 4
-        for (int i = 0; i < each; ++i) before += in.passes * span_of_mine(i).units(0);
-        if (sum_of(before) > num_blocks) choose(num_blocks);
+        for (int i = 0; i < each; ++i) {
+            const int request = lane * each + i, length = length_of(request, in.batch);
+            if (i == 0) first_length = length;
+            count(counts, span_of(length));
+        }
+        before = counts.units[0];
+        if (in.passes * sum_of(before) > num_blocks) choose(counts, num_blocks);
+        before *= in.passes;
         const int up_to = sum_up_to(before, lane);
         before = up_to - before;
         total = __shfl_sync(kAllLanes, up_to, 31);
     }
 
-    __device__ __forceinline__ Span span_of_mine(int i) const {
-        return span_of(i == 0 ? first_length : length_of(lane * each + i, in.batch));
+    // Of this lane's requests, for one pass: units by level; tiles, also of the longest request.
+    struct Counts {
+        int units[kLevels + 1] = {}, tiles = 0, longest = 0;
+    };
+
+    __device__ __forceinline__ void count(Counts& counts, const Span& span) const {
+        counts.tiles += span.tiles;
+        counts.longest = max(counts.longest, span.tiles);
+#pragma unroll
+        for (int l = 0; l <= kLevels; ++l) counts.units[l] += span.units(l);
     }
 
     // The level that takes least time, and how many units of it this lane's requests have. If units are alike, blocks
     // work in rounds; if not, who ends earlier takes the next one, and some are late by most of a unit in the end.
-    __device__ __forceinline__ void choose(int num_blocks) {
-        int mine[kLevels + 1] = {}, tiles = 0, most = 0;
-#pragma unroll 4
-        for (int i = 0; i < each; ++i) {
-            const Span span = span_of_mine(i);
-            tiles += span.tiles, most = max(most, span.tiles);
-#pragma unroll
-            for (int l = 0; l <= kLevels; ++l) mine[l] += in.passes * span.units(l);
-        }
-        tiles = in.passes * sum_of(tiles), most = highest_of(most);
-        const Span longest{0, 0, most, bits_of(most)};
+    __device__ __forceinline__ void choose(const Counts& counts, int num_blocks) {
         const float of_unit = in.group < kManyHeads ? kUnitCost : kManyHeadsUnitCost;
-        const float each_block = __frcp_rn(static_cast<float>(num_blocks));
+        const float each_block = in.passes * __frcp_rn(static_cast<float>(num_blocks));
+        const int tiles = sum_of(counts.tiles), most = highest_of(counts.longest);
+        const Span longest{0, 0, most, bits_of(most)};
         float least = 0.0f;
 #pragma unroll
         for (int l = 0; l <= kLevels; ++l) {
-            const int units = sum_of(mine[l]), largest = longest.most_tiles(longest.unit_bits(l));
+            const int units = sum_of(counts.units[l]), largest = longest.most_tiles(longest.unit_bits(l));
             // Less a little, which what is left of a division is more than, and errors are not.
             const float rounds = fmaxf(ceilf(units * each_block - 0.001f), 1.0f) * (largest + of_unit);
             const float shared = (tiles + units * of_unit) * each_block + kEndCost * largest;
             if (l > 0 && fminf(rounds, shared) > least) continue;
-            least = fminf(rounds, shared), level = l, before = mine[l];
+            least = fminf(rounds, shared), level = l, before = counts.units[l];
         }
     }
 
