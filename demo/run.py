@@ -49,10 +49,11 @@ def is_anyres(model: Path) -> bool:
 
 async def ask(model: Path, questions: list[Question]) -> list[Exchange]:
     """Serve the model, ask everything, stop the services."""
-    # Ended by a terminal or a supervisor, the services must not outlive the demo either. asyncio does it for Ctrl-C.
+    # However it is ended, the services must not outlive the demo; asyncio does nothing for Ctrl-C where a shell has
+    # started it in the background.
     task = asyncio.current_task()
     assert task is not None
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     async with serve(model) as address, AsyncClient(address) as client:
         exchanges = [await converse(client, question) for question in questions]
