@@ -50,7 +50,7 @@ from preprocess_service.requests import (
 from preprocess_service.sending import ItemSender
 
 RETRY_AFTER: Final = 0.5
-STOP_PATIENCE: Final = 2.0
+STOP_PATIENCE: Final = 0.5
 """Seconds for which an executor may be busy with a step before an answer that is complete ends without its word."""
 INLINE_TEXT: Final = 16 * 1024
 """Texts up to so many characters are tokenized on the event loop; a thread would cost more than the work."""
@@ -235,10 +235,13 @@ class Pipeline:
                         answer.add(event.token_id, event.logprobs, delta)
                     elif isinstance(event, Completed):
                         ended = answer.complete(event.completion)
+                is_stopped = answer.is_stopped and ended is None
+                if is_stopped:
+                    remote.stop()  # before anybody takes the text: generating ends now
                 if delta.token_ids or delta.prompt_logprobs:
                     yield delta
-                if answer.is_stopped and ended is None:
-                    ended = answer.stopped(await remote.stop(STOP_PATIENCE))
+                if is_stopped:
+                    ended = answer.stopped(await remote.completion(_patience(call.deadline)))
                 if ended is not None:
                     yield ended
                     return
@@ -272,6 +275,12 @@ def _tensor_pieces(index: int, item: PlannedItem, mapped: MappedItem) -> Iterato
     for tensor_index, name in enumerate(item.tensors):
         for chunk in split_tensor(0, index, tensor_index, tensor_bytes(mapped.tensors[name])):
             yield TensorPiece(index, tensor_index, chunk.offset, chunk.data)
+
+
+def _patience(deadline: Deadline) -> float:
+    """Half of what is left at most: the client's own clock may be ahead of ours."""
+    left = deadline.time_left
+    return STOP_PATIENCE if left is None else min(STOP_PATIENCE, left / 2)
 
 
 def _late(sender: ItemSender) -> DiptychError:

@@ -11,6 +11,7 @@ from diptych.service.lifecycle import GrpcFrame
 from diptych.service.settings import describe
 from diptych.service.telemetry import Telemetry
 from diptych.v1.preprocess_pb2_grpc import add_PreprocessServiceServicer_to_server
+from diptych.wire.bounds import MAX_TEXT_BYTES
 from preprocess_service.executor_client import ExecutorPool
 from preprocess_service.media.decode import MediaWorkers
 from preprocess_service.pipeline import Pipeline
@@ -34,7 +35,10 @@ class PreprocessServer:
     def __init__(self, settings: PreprocessSettings) -> None:
         self._settings = settings
         self._telemetry = Telemetry(settings.telemetry("diptych-preprocess"))
-        self._frame = GrpcFrame(settings.host, settings.port, SERVICE_NAME, self._telemetry, debug=settings.debug)
+        self._frame = GrpcFrame(
+            settings.host, settings.port, SERVICE_NAME, self._telemetry, debug=settings.debug,
+            max_text_bytes=max(MAX_TEXT_BYTES, settings.max_prompt_bytes),
+        )  # fmt: skip
         self._address = ""
         self._executors: ExecutorPool | None = None
         self._media: MediaWorkers | None = None

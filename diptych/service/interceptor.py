@@ -18,7 +18,7 @@ from grpc_status import rpc_status
 
 from diptych.service.errors import DiptychError, InternalError, InvalidInputError
 from diptych.service.telemetry import note_error
-from diptych.wire.bounds import check_bounds
+from diptych.wire.bounds import MAX_TEXT_BYTES, check_bounds
 
 LOG = logging.getLogger("diptych.rpc")
 CHANNELZ: Final = "/grpc.channelz."
@@ -47,7 +47,14 @@ class HandlerCache(grpc.aio.ServerInterceptor):
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Ends a failing call with the error's status and details; anything untyped is INTERNAL and logged whole."""
+    """Ends a failing call with the error's status and details; anything untyped is INTERNAL and logged whole.
+
+    Messages with more in them than any request needs are refused before they are parsed, texts of more than
+    `max_text_bytes` among them.
+    """
+
+    def __init__(self, max_text_bytes: int = MAX_TEXT_BYTES) -> None:
+        self._max_text_bytes = max_text_bytes
 
     async def intercept_service(
         self,
@@ -59,13 +66,14 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if handler is None or method.startswith(CHANNELZ):
             return handler
-        return _wrapped(handler, method)
+        return _wrapped(handler, method, self._max_text_bytes)
 
 
-def _wrapped(handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
+def _wrapped(handler: grpc.RpcMethodHandler, method: str, max_text_bytes: int) -> grpc.RpcMethodHandler:
     """The handler, given raw bytes: a request that grpc cannot parse would never get here."""
     codec = {"request_deserializer": None, "response_serializer": handler.response_serializer}
-    parse: Callable[[Any], Any] = functools.partial(_parse, handler.request_deserializer, method, _message_of(method))
+    check = functools.partial(_check, _message_of(method), max_text_bytes)
+    parse: Callable[[Any], Any] = functools.partial(_parse, handler.request_deserializer, method, check)
     if handler.request_streaming:
         parse = functools.partial(_parse_all, parse)
     if handler.response_streaming:
@@ -90,10 +98,14 @@ def _message_of(method: str) -> Descriptor | None:
         return None
 
 
-def _parse(deserialize: Callable[[bytes], Any] | None, method: str, message: Descriptor | None, data: bytes) -> Any:
+def _check(message: Descriptor | None, max_text_bytes: int, data: bytes) -> None:
+    if message is not None:
+        check_bounds(data, message, max_text_bytes)
+
+
+def _parse(deserialize: Callable[[bytes], Any] | None, method: str, check: Callable[[bytes], None], data: bytes) -> Any:
     try:
-        if message is not None:
-            check_bounds(data, message)
+        check(data)
         return deserialize(data) if deserialize is not None else data
     except DecodeError as error:
         raise InvalidInputError(f"the bytes sent are no message that {method} takes", stage="receive") from error

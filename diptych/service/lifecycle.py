@@ -22,6 +22,7 @@ from diptych.service.errors import DiptychError, UnavailableError
 from diptych.service.interceptor import ErrorInterceptor, HandlerCache
 from diptych.service.telemetry import Telemetry
 from diptych.service.telemetry.interceptor import TelemetryInterceptor
+from diptych.wire.bounds import MAX_TEXT_BYTES
 
 LOG = logging.getLogger("diptych.service")
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
@@ -68,6 +69,7 @@ class GrpcFrame:
     """A grpc.aio server with health, reflection, telemetry and our error interceptor.
 
     `unwatched` are methods that last as long as their peer, see TelemetryInterceptor; `debug` adds channelz.
+    Texts of more than `max_text_bytes` are not read.
     """
 
     def __init__(
@@ -78,12 +80,13 @@ class GrpcFrame:
         telemetry: Telemetry | None = None,
         unwatched: Collection[str] = (),
         debug: bool = False,
+        max_text_bytes: int = MAX_TEXT_BYTES,
     ) -> None:
         self._host, self._port = host, port
         self._service_name = service_name
         self.health = health.aio.HealthServicer()
         watched = TelemetryInterceptor(telemetry or Telemetry(), unwatched)
-        interceptors = (HandlerCache(), watched, ErrorInterceptor())
+        interceptors = (HandlerCache(), watched, ErrorInterceptor(max_text_bytes))
         self.server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         names = [service_name, health.SERVICE_NAME, reflection.SERVICE_NAME]

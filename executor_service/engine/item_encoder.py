@@ -32,15 +32,15 @@ class ItemEncoder:
     page-locked for that, and stay as it is until the step's results are known.
 
     What a run over many items takes follows their tensors, not their features, which a step's budget counts: a narrow
-    picture has as many tiles as a square one and few features. So items go through in runs of at most `max_run_bytes`
-    of tensors, which are those of the largest run that was profiled; None before that.
+    picture has as many tiles as a square one and few features. So items go through in runs of at most as many elements
+    of tensors as the largest run of their modality that was profiled: `max_run_elements`, empty before that.
     """
 
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.model = model
         self._device = device
         self._dtype = dtype
-        self.max_run_bytes: int | None = None
+        self.max_run_elements: dict[str, int] = {}
         self._tables: dict[Normalization, Tensor] = {}
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -56,15 +56,16 @@ class ItemEncoder:
                 self._encode_run(run)
 
     def _runs(self, group: list[EngineItem]) -> Iterator[list[EngineItem]]:
-        """The items in their order; one alone may have more bytes than a run."""
-        run, num_bytes = list[EngineItem](), 0
+        """The items of one kind in their order; one alone may have more elements than a run."""
+        most = self.max_run_elements.get(group[0].modality)
+        run, num_elements = list[EngineItem](), 0
         for item in group:
-            of_item = num_tensor_bytes(item)
-            if run and self.max_run_bytes is not None and num_bytes + of_item > self.max_run_bytes:
+            of_item = num_tensor_elements(item)
+            if run and most is not None and num_elements + of_item > most:
                 yield run
-                run, num_bytes = [], 0
+                run, num_elements = [], 0
             run.append(item)
-            num_bytes += of_item
+            num_elements += of_item
         yield run
 
     def _encode_run(self, run: list[EngineItem]) -> None:
@@ -93,14 +94,21 @@ class ItemEncoder:
             return batch, []
         began = time.monotonic()
         try:
-            self.encode(items)
-        except Exception:  # tensors without a layout may make a model raise anything
+            if self._encodes(items):
+                return batch, []
             if self._device.type == "cuda":
                 torch.cuda.synchronize()  # raises again if the device itself is lost: then nobody can be served
             return self._encode_one_by_one(batch)
         finally:
             _note_encoding(batch, began)
-        return batch, []
+
+    def _encodes(self, items: Sequence[EngineItem]) -> bool:
+        """Whether it worked; nothing of an attempt that failed is kept: tensors without a layout may raise anything."""
+        try:
+            self.encode(items)
+        except Exception:
+            return False
+        return True
 
     def _encode_one_by_one(self, batch: list[ScheduledRequest]) -> tuple[list[ScheduledRequest], Failures]:
         """Whoever needs an item that cannot be encoded fails, be it the one that was to encode it or not."""
@@ -109,7 +117,8 @@ class ItemEncoder:
             try:
                 self.encode([item])
             except Exception as error:
-                errors[id(item.encoded)] = _blame(error, item)
+                # Without its traceback, whose frames keep what the encoder had made.
+                errors[id(item.encoded)] = _blame(error, item).with_traceback(None)
         good, failed = list[ScheduledRequest](), Failures()
         for scheduled in batch:
             culprit = next((id(i.encoded) for i in scheduled.request.items if id(i.encoded) in errors), None)
@@ -148,9 +157,9 @@ class ItemEncoder:
         return self._tables[normalization]
 
 
-def num_tensor_bytes(item: EngineItem) -> int:
-    """Bytes of all tensors of an item, as they come."""
-    return sum(tensor.nbytes for tensor in item.tensors.values())
+def num_tensor_elements(item: EngineItem) -> int:
+    """Of all tensors of an item; their dtype may be the sender's choice."""
+    return sum(tensor.numel() for tensor in item.tensors.values())
 
 
 def _note_encoding(batch: Sequence[ScheduledRequest], began: float) -> None:

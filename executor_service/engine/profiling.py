@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from executor_service.engine.block_manager import BlockManager
-from executor_service.engine.item_encoder import num_tensor_bytes
+from executor_service.engine.item_encoder import num_tensor_elements
 from executor_service.engine.kv_cache import allocate_kv_caches
 from executor_service.engine.logprobs import ROWS_AT_ONCE, PendingLogprobs
 from executor_service.engine.memory import DeviceMemory, Memory
@@ -38,7 +38,7 @@ class MemoryPeaks:
 def profile_run(
     family: ModelFamily, runner: ModelRunner, geometry: KVGeometry, memory: Memory, num_graphs: int
 ) -> MemoryPeaks:
-    """Encoder at its largest batch, then the language model and the sampler at theirs, on a scratch KV cache.
+    """Encoder at its largest batch of each modality, then language model and sampler at theirs, on a scratch KV cache.
 
     Then, if there are to be graphs, the largest of them.
     """
@@ -46,9 +46,11 @@ def profile_run(
     if num_graphs and items:
         runner.encoder.capture(items[0])
     memory.begin()
-    largest = _largest_encoder_batch(items, runner.limits.max_num_encoder_tokens)
-    runner.encoder.encode(largest)
-    runner.encoder.max_run_bytes = sum(map(num_tensor_bytes, largest)) if largest else None
+    for modality in dict.fromkeys(item.modality for item in items):
+        own = [item for item in items if item.modality == modality]
+        largest = _largest_encoder_batch(own, runner.limits.max_num_encoder_tokens)
+        runner.encoder.encode(largest)
+        runner.encoder.max_run_elements[modality] = sum(map(num_tensor_elements, largest))
     vision, reserved = memory.peak_bytes(), memory.reserved_peak_bytes()
     memory.restart()
     runner.kv_caches = allocate_kv_caches(geometry, _num_scratch_blocks(runner), runner)

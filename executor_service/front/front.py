@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from dataclasses import replace
 from typing import Final
 
 from diptych.service.errors import (
@@ -51,7 +52,6 @@ TOUCH_DELAY: Final = 0.005
 _FINISH_REASONS = {
     FinishReason.STOP: tensor_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: tensor_pb2.FINISH_REASON_LENGTH,
-    FinishReason.ABORTED: tensor_pb2.FINISH_REASON_STOP,  # by its sender, who was content
 }
 
 
@@ -329,6 +329,8 @@ class Front:
             request.error = InvalidInputError(finished.error, stage="encode")
         if request.error is not None:
             return executor_pb2.Final(handle=request.handle, status=request.error.to_status())
+        if request.is_stopped:  # whatever the engine has made of it since
+            finished = replace(finished, reason=FinishReason.STOP)
         return executor_pb2.Final(handle=request.handle, completion=_completion(request, finished))
 
     def _on_death(self, died: asyncio.Future[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import numpy as np
 
 from diptych.service.errors import DeadlineError, DiptychError, RemoteError
 from diptych.v1 import executor_pb2, tensor_pb2
+
+LOG = logging.getLogger("diptych.preprocess.executor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,20 +99,24 @@ class RemoteRequest:
             self._error = error
             self._wake_up.set()
 
-    async def stop(self, patience: float) -> executor_pb2.Completion | None:
-        """The answer is complete: end it well, and return what the executor says of it.
-
-        None if it says nothing within `patience` seconds or fails now: what the client has is whole all the same.
-        """
+    def stop(self) -> None:
+        """The answer is complete as it is: the executor is told at once, and `completion` is what it says of it."""
         if not self._ended:
             self._stream.stop(self.handle)
+
+    async def completion(self, patience: float) -> executor_pb2.Completion | None:
+        """The end of a stopped request; tokens that come before it are passed over.
+
+        None if it does not come within `patience` seconds, or the request fails: what the client has is whole.
+        """
         timer = self.fail_after(patience, lambda: DeadlineError("no word of a stopped request", stage="executor"))
         try:
             while True:
                 for event in await self.next_events():
                     if isinstance(event, Completed):
                         return event.completion
-        except DiptychError:
+        except DiptychError as error:
+            LOG.info("a stopped request ended without its usage: %s", error.message)
             return None
         finally:
             if timer is not None:

@@ -115,6 +115,10 @@ TOO_MANY = {
     "items of a Start": (executor_pb2.ExecuteRequest, field(2, b"\x2a\0" * MANY)),
     "packed numbers": (preprocess_pb2.DetokenizeRequest, field(2, b"\1" * (bounds.MAX_VALUES + 1))),
     "packed numbers in parts": (preprocess_pb2.DetokenizeRequest, field(2, b"\1" * 2**20) * 9),
+    "packed numbers, written long": (
+        preprocess_pb2.DetokenizeRequest,
+        field(2, (b"\x81" * 9 + b"\0") * (bounds.MAX_VALUES + 1)),
+    ),
     "many packed bytes": (preprocess_pb2.DetokenizeRequest, field(2, b"\1" * (63 << 20))),
 }
 
@@ -135,3 +139,52 @@ def test_what_is_no_message_is_told(data: bytes) -> None:
             check_bounds(data, message.DESCRIPTOR)
         with pytest.raises(DecodeError):
             message.FromString(data)
+
+
+LONG = "a" * (bounds.MAX_NAME_BYTES + 1)
+TOO_LONG = {
+    "model": (preprocess_pb2.GenerateRequest(model=LONG), bounds.MAX_NAME_BYTES),
+    "request_id": (preprocess_pb2.GenerateRequest(request_id=LONG), bounds.MAX_NAME_BYTES),
+    "stop": (preprocess_pb2.GenerateRequest(stop=["a", LONG]), bounds.MAX_NAME_BYTES),
+    "role": (preprocess_pb2.PlanRequest(chat=preprocess_pb2.Chat(messages=[preprocess_pb2.ChatMessage(role=LONG)])),
+             bounds.MAX_NAME_BYTES),
+    "traceparent": (executor_pb2.ExecuteRequest(start=executor_pb2.Start(traceparent=LONG)), bounds.MAX_NAME_BYTES),
+    "text": (preprocess_pb2.TokenizeRequest(text=LONG), 70_000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOO_LONG)
+def test_long_strings_are_refused_by_name(name: str) -> None:
+    """Before anybody makes one of Python's of them, or puts them into an error."""
+    message, limit = TOO_LONG[name]
+    data, most = message.SerializeToString(), 70_000 if name == "text" else bounds.MAX_TEXT_BYTES
+    if name == "text":
+        check_bounds(data, message.DESCRIPTOR, most)
+        data = preprocess_pb2.TokenizeRequest(text="a" * 70_001).SerializeToString()
+    with pytest.raises(LimitExceededError, match=f"^{name} has ") as caught:
+        check_bounds(data, message.DESCRIPTOR, most)
+    assert (caught.value.stage, caught.value.metadata["limit"]) == ("receive", str(limit))
+
+
+def test_an_address_is_as_long_as_it_likes_and_ascii() -> None:
+    def with_url(url: str) -> bytes:
+        return preprocess_pb2.Prompt(media=[preprocess_pb2.Media(url=url)]).SerializeToString()
+
+    check_bounds(with_url("data:," + "a" * 20_000_000), preprocess_pb2.Prompt.DESCRIPTOR)
+    with pytest.raises(DecodeError, match="ASCII"):
+        check_bounds(with_url("data:," + "a" * 70_000 + "\U0001f642"), preprocess_pb2.Prompt.DESCRIPTOR)
+
+
+def test_tags_are_as_short_as_protobuf_takes_them() -> None:
+    data = b"\xb2\x80\x80\x80\x80\x00" + b"\0"
+    with pytest.raises(DecodeError):
+        check_bounds(data, preprocess_pb2.GenerateRequest.DESCRIPTOR)
+    with pytest.raises(DecodeError):
+        preprocess_pb2.GenerateRequest.FromString(data)
+
+
+def test_a_group_that_nobody_knows_may_hold_anything() -> None:
+    """Also a number of a field that would be a message elsewhere, with bytes that are none."""
+    data = b"\x7b" + field(4, b"\xff\xff") + b"\x7c"
+    preprocess_pb2.GenerateRequest.FromString(data)
+    check_bounds(data, preprocess_pb2.GenerateRequest.DESCRIPTOR)

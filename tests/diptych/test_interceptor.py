@@ -49,9 +49,9 @@ async def test_a_handler_is_wrapped_once(channel: grpc.aio.Channel, monkeypatch:
     wrapped: list[str] = []
     real = interceptor._wrapped
 
-    def noted(handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
+    def noted(handler: grpc.RpcMethodHandler, method: str, max_text_bytes: int) -> grpc.RpcMethodHandler:
         wrapped.append(method)
-        return real(handler, method)
+        return real(handler, method, max_text_bytes)
 
     monkeypatch.setattr(interceptor, "_wrapped", noted)
     for method in ("Tokenize", "Generate", "Tokenize", "Generate"):

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from diptych.v1 import tensor_pb2
-from executor_service.engine.messages import FinishReason, StepEnd
+from executor_service.engine.messages import Abort, FinishReason, StepEnd
 from tests.executor_service.peer import Peer, Planned, model_facts
 from tests.services import wait_idle
 
@@ -145,6 +145,22 @@ def reports(server, monkeypatch) -> list[StepEnd]:
 
     monkeypatch.setattr(link, "_on_step_end", noted)
     return seen
+
+
+def test_what_the_engine_makes_after_a_stop_is_nobodys(channel, planner, server, reports, monkeypatch) -> None:
+    """Here it is not told: it goes on to the end, of which the peer hears no token and no reason."""
+    link = server[0].front._link
+    send = link.send
+    monkeypatch.setattr(link, "send", lambda message: None if isinstance(message, Abort) else send(message))
+    with Peer(channel) as peer:
+        peer.start(1, planner.plan("no picture", sizes=(), max_tokens=300))
+        while len(peer._answer(1).tokens) < 5:
+            peer.read()
+        peer.stop(1)
+        (final,) = peer.finish(1).finals
+    assert final.completion.finish_reason == tensor_pb2.FINISH_REASON_STOP
+    num_made = sum(report.num_tokens for report in reports)
+    assert final.completion.usage.completion_tokens == len(peer.answers[1].tokens) < num_made
 
 
 ENDINGS = ("cancel", "stop", "deadline", "stream")

@@ -9,9 +9,15 @@ from typing import Any
 
 from diptych.client import AsyncClient
 from diptych.service.lifecycle import running
+from preprocess_service.planning import Checkpoint
 from preprocess_service.server import PreprocessServer
 from preprocess_service.settings import PreprocessSettings
 from tests.stand_in_executor import StandInExecutor
+
+
+def words(checkpoint: Checkpoint, text: str) -> list[int]:
+    """The token ids of a piece of text."""
+    return checkpoint.tokenizer.encode(text, add_special_tokens=False)
 
 
 @contextlib.asynccontextmanager

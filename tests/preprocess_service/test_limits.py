@@ -53,7 +53,7 @@ TOO_LARGE = {
     "chat": (Chat([say("a" * (MAX_BYTES // 2))] * 3), MAX_BYTES, None, "bytes of text"),
     "messages": (Chat([say()] * 20_000), limits.MAX_MESSAGES, 20_000, "20000 messages"),
     "parts": (Chat([Message("user", [""] * 30_000)]), limits.MAX_PARTS, 30_000, "30000 parts"),
-    "role": (Chat([say("x", "r" * 3_000_000)]), limits.MAX_ROLE_LENGTH, 3_000_000, "role of a message"),
+    "role": (Chat([say("x", "r" * 60_000)]), limits.MAX_ROLE_LENGTH, 60_000, "role of a message"),
     "items": (Prompt("<image>", [Media(b"")] * 20_000), 4, 20_000, "20000 media items"),
     "items of a chat": (Chat([Message("user", [PNG] * 1000)]), 4, 1000, "1000 media items"),
     "items of one modality": (Prompt("<image>", [PNG] * 5), 4, 5, "5 image items"),

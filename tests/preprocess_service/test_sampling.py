@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from diptych.client import AsyncClient, Prompt
 from preprocess_service.planning import Checkpoint
+from tests.preprocess_service.serving import words
 from tests.stand_in_executor import StandInExecutor
-
-
-def words(checkpoint: Checkpoint, text: str) -> list[int]:
-    return checkpoint.tokenizer.encode(text, add_special_tokens=False)
 
 
 async def test_prompt_logprobs_come_before_the_answer(client: AsyncClient, executor: StandInExecutor) -> None:

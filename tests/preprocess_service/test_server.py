@@ -14,20 +14,16 @@ from google.rpc import code_pb2, status_pb2
 from diptych.client import AsyncClient, Chat, Media, Message, Prompt, RequestError
 from diptych.service.lifecycle import running
 from diptych.v1 import preprocess_pb2, preprocess_pb2_grpc, tensor_pb2
-from preprocess_service import pipeline
 from preprocess_service.planning import Checkpoint
 from preprocess_service.server import SERVICE_NAME, PreprocessServer
 from preprocess_service.settings import PreprocessSettings
 from registry import MediaInfo, MediaItem
+from tests.preprocess_service.serving import words
 from tests.stand_in_executor import StandInExecutor, eventually
 from tests.tiny_checkpoint import data_url, encoded, picture
 
 PNG = encoded(picture())
 IMAGE = Media(PNG)
-
-
-def words(checkpoint: Checkpoint, text: str) -> list[int]:
-    return checkpoint.tokenizer.encode(text, add_special_tokens=False)
 
 
 async def failure(client: AsyncClient, prompt: Prompt | Chat, **options: object) -> RequestError:
@@ -108,61 +104,6 @@ async def test_chat_with_pictures_and_literal_placeholders(
 async def test_a_data_url(client: AsyncClient, executor: StandInExecutor) -> None:
     await client.generate(Prompt("<image>", [Media(url=data_url(PNG))]), max_tokens=1)
     assert executor.requests[-1].is_complete
-
-
-async def test_a_stop_string_ends_the_work(
-    client: AsyncClient, executor: StandInExecutor, checkpoint: Checkpoint
-) -> None:
-    executor.delay = 0.002
-    executor.script = lambda start: words(checkpoint, "one two STOP three") + words(checkpoint, " more") * 200
-    answer = await client.generate(Prompt("count"), stop=["STOP", "never"])
-    assert answer.text == "one two "
-    assert answer.final is not None
-    assert (answer.final.finish_reason, answer.final.stop) == ("stop", "STOP")
-    assert answer.final.usage.completion_tokens == len(answer.token_ids)
-    assert checkpoint.tokenizer.decode(answer.token_ids).rstrip() in ("one two STOP", "one two STOP t")
-    assert "three" not in checkpoint.tokenizer.decode(answer.token_ids)
-    request = executor.requests[-1]
-    assert (request.stopped.is_set(), request.cancelled.is_set()) == (True, False)
-    assert answer.final.usage.cached_tokens == 1
-    assert answer.final.times["prefill"] == 0.25
-    assert answer.final.times["plan"] > 0
-
-
-async def test_an_executor_that_does_not_mind_a_stop_is_not_waited_for(
-    client: AsyncClient, executor: StandInExecutor, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pipeline, "STOP_PATIENCE", 0.05)
-    executor.delay, executor.minds_stops = 0.01, False
-    executor.script = lambda start: words(checkpoint, "one STOP") + words(checkpoint, " more") * 10_000
-    answer = await client.generate(Prompt("count"), stop=["STOP"])
-    assert (answer.text, answer.final and answer.final.stop) == ("one ", "STOP")
-    assert answer.final is not None
-    assert answer.final.usage.prompt_tokens == len(executor.requests[-1].start.prompt_token_ids)
-    assert answer.final.usage.completion_tokens == len(answer.token_ids)
-    await eventually(executor.requests[-1].cancelled.is_set)
-
-
-async def test_an_answer_that_stops_with_its_last_token(
-    client: AsyncClient, executor: StandInExecutor, checkpoint: Checkpoint
-) -> None:
-    """All of it comes at once, the executor's end included; what follows the stop string is not there."""
-    executor.script = lambda start: words(checkpoint, "one STOP two STOP three")
-    answer = await client.generate(Prompt("count"), stop=["STOP"])
-    assert (answer.text, answer.final and answer.final.stop) == ("one ", "STOP")
-    assert answer.final is not None
-    assert answer.final.usage.completion_tokens == len(answer.token_ids)
-    assert "two" not in checkpoint.tokenizer.decode(answer.token_ids)
-
-
-async def test_text_held_back_for_a_stop_string_comes_at_the_end(
-    client: AsyncClient, executor: StandInExecutor, checkpoint: Checkpoint
-) -> None:
-    executor.script = lambda start: words(checkpoint, "almost STO")
-    answer = await client.generate(Prompt("x"), stop=["STOP"])
-    assert answer.text == "almost STO"
-    assert answer.final is not None
-    assert answer.final.stop is None
 
 
 async def test_logprobs_are_parallel_to_tokens(client: AsyncClient) -> None:
