@@ -50,7 +50,7 @@ from preprocess_service.requests import (
 from preprocess_service.sending import ItemSender
 
 RETRY_AFTER: Final = 0.5
-STOP_PATIENCE: Final = 0.5
+STOP_PATIENCE: Final = 1.0
 """Seconds for which an executor may be busy with a step before an answer that is complete ends without its word."""
 INLINE_TEXT: Final = 16 * 1024
 """Texts up to so many characters are tokenized on the event loop; a thread would cost more than the work."""
