@@ -166,11 +166,21 @@ class Peer:
 
     def run(self, handle: int, planned: Planned) -> Answer:
         """The whole honest exchange."""
+        self.begin(handle, planned)
+        return self.finish(handle)
+
+    def begin(self, handle: int, planned: Planned) -> None:
+        """All that an honest sender says."""
         self.start(handle, planned)
         if planned.tensors:
             self.wait_credit(handle)
             self.send_tensors(handle, planned)
-        return self.finish(handle)
+
+    def begin_generating(self, handle: int, planned: Planned) -> None:
+        """Until the first token has come."""
+        self.begin(handle, planned)
+        while not self._answer(handle).tokens:
+            self.read()
 
     def _answer(self, handle: int) -> Answer:
         return self.answers.setdefault(handle, Answer())

@@ -85,12 +85,7 @@ def test_cancel_while_receiving_and_while_generating(channel, planner) -> None:
         peer.wait_credit(1)
         peer.cancel(1)
         assert peer.finish(1).code is grpc.StatusCode.CANCELLED
-        planned = planner.plan(max_tokens=1000)
-        peer.start(2, planned)
-        peer.wait_credit(2)
-        peer.send_tensors(2, planned)
-        while not peer.answers[2].tokens:
-            peer.read()
+        peer.begin_generating(2, planner.plan(max_tokens=1000))
         peer.cancel(2)
         answer = peer.finish(2)
         assert (answer.code, answer.facts["stage"]) == (grpc.StatusCode.CANCELLED, "generate")
@@ -101,11 +96,7 @@ def test_a_stop_ends_an_answer_well(channel, planner) -> None:
     planned = planner.plan(max_tokens=1000)
     with Peer(channel) as peer:
         peer.run(1, planner.plan(max_tokens=1))
-        peer.start(2, planned)
-        peer.wait_credit(2)
-        peer.send_tensors(2, planned)
-        while not peer.answers[2].tokens:
-            peer.read()
+        peer.begin_generating(2, planned)
         peer.stop(2)
         peer.stop(2)
         (final,) = peer.finish(2).finals

@@ -22,6 +22,12 @@ from tests.preprocess_service.serving import words
 from tests.stand_in_executor import StandInExecutor, eventually
 
 
+def talks_on(executor: StandInExecutor, checkpoint: Checkpoint) -> None:
+    """Its answer has the stop string soon, and does not end for long."""
+    executor.delay = 0.01
+    executor.script = lambda start: words(checkpoint, "one STOP") + words(checkpoint, " more") * 10_000
+
+
 async def test_a_stop_string_ends_the_work(
     client: AsyncClient, executor: StandInExecutor, checkpoint: Checkpoint
 ) -> None:
@@ -45,8 +51,8 @@ async def test_an_executor_that_does_not_mind_a_stop_is_not_waited_for(
     client: AsyncClient, executor: StandInExecutor, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "STOP_PATIENCE", 0.05)
-    executor.delay, executor.minds_stops = 0.01, False
-    executor.script = lambda start: words(checkpoint, "one STOP") + words(checkpoint, " more") * 10_000
+    executor.minds_stops = False
+    talks_on(executor, checkpoint)
     answer = await client.generate(Prompt("count"), stop=["STOP"])
     assert (answer.text, answer.final and answer.final.stop) == ("one ", "STOP")
     assert answer.final is not None
@@ -59,8 +65,7 @@ async def test_a_stop_goes_out_before_anybody_takes_the_text(
     server: PreprocessServer, executor: StandInExecutor, checkpoint: Checkpoint
 ) -> None:
     """Who does not read keeps no executor busy."""
-    executor.delay = 0.002
-    executor.script = lambda start: words(checkpoint, "one STOP") + words(checkpoint, " more") * 10_000
+    talks_on(executor, checkpoint)
     assert server._pipeline is not None
     sampling = tensor_pb2.SamplingParams(max_tokens=5000)
     call = GenerateCall(requests.Prompt("count"), "slow", sampling, ("STOP",))
@@ -81,8 +86,8 @@ async def test_a_stopped_answer_does_not_wait_for_its_deadline(
     client: AsyncClient, executor: StandInExecutor, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "STOP_PATIENCE", 1000.0)
-    executor.delay, executor.minds_stops = 0.01, False
-    executor.script = lambda start: words(checkpoint, "one STOP") + words(checkpoint, " more") * 10_000
+    executor.minds_stops = False
+    talks_on(executor, checkpoint)
     answer = await client.generate(Prompt("count"), stop=["STOP"], timeout=4)
     assert (answer.text, answer.final and answer.final.stop) == ("one ", "STOP")
 
