@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from executor_service.kernels.cuda.module import INT, LONG, POINTER, Kernel, dtype_name, kernel, num_multiprocessors
+from executor_service.kernels.cuda.module import (
+    BY_VALUE,
+    INT,
+    LONG,
+    POINTER,
+    Kernel,
+    dtype_name,
+    kernel,
+    num_multiprocessors,
+)
 from executor_service.kernels.library import define_op
 
 _THREADS: Final = 256
@@ -18,6 +28,28 @@ _MAX_THREADS: Final = 512
 _MAX_SHARED_BYTES: Final = 96 * 1024
 """Of one block, which every GPU from sm_80 on has."""
 _LEVELS: Final = 256
+_MAX_DIVIDED: Final = 1 << 16
+
+
+class _Divisor(ctypes.Structure):
+    """As the kernel divides by it: numbers below `_MAX_DIVIDED`, and not by 1."""
+
+    _fields_ = (("value", ctypes.c_uint32), ("reciprocal", ctypes.c_uint32))
+
+    def __init__(self, value: int) -> None:
+        super().__init__(value, -(-(1 << 32) // value))
+
+
+class _WideShape(ctypes.Structure):
+    """`Shape` of csrc/image_patches.cu, an argument by value."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint32) for name in ("num_channels", "height", "width", "columns", "pitch")),
+        *((name, _Divisor) for name in ("patch", "packs", "row_packs", "channel_packs")),
+    )
+
+    def getPtr(self) -> int:  # noqa: N802 - what cuda-bindings asks of an argument
+        return ctypes.addressof(self)
 
 
 def image_patches(tiles: Tensor, table: Tensor, patch: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -59,27 +91,31 @@ def _cuda(tiles: Tensor, table: Tensor, patch: int, columns: int, dtype: torch.d
             (blocks,), _THREADS, tiles, table, out, *shape, out.numel()
         )
         return out
-    launch, threads, pitch = wide
-    launch((len(tiles) * (tiles.shape[2] // patch),), threads, tiles, table, out, *shape, pitch)
+    launch, threads, wide_shape = wide
+    launch((len(tiles) * (tiles.shape[2] // patch),), threads, tiles, table, out, wide_shape)
     return out
 
 
 @cache
 def _wide_variant(
     dtype: torch.dtype, num_channels: int, height: int, width: int, patch: int, columns: int
-) -> tuple[Kernel, int, int] | None:
-    """The kernel of 16-byte accesses, its threads, and how far apart rows lie in shared memory; None: does not fit."""
+) -> tuple[Kernel, int, _WideShape] | None:
+    """The kernel of 16-byte accesses, its threads, and the shape as it takes it; None: does not fit."""
     count = 16 // dtype.itemsize
-    packs = columns // count
+    packs, row_packs, channel_packs = columns // count, width // 16, width // 16 * patch
     # An odd number of 16-byte units: then the rows of a patch are in different banks.
-    pitch = (width // 16 | 1) * 16
+    pitch = (row_packs | 1) * 16
     num_bytes = num_channels * (_LEVELS * dtype.itemsize + patch * pitch)
-    fits = num_bytes <= _MAX_SHARED_BYTES and packs <= _MAX_THREADS
-    if width % 16 or patch % 2 or columns % count or columns < num_channels * patch * patch or not fits:
+    is_aligned = not (width % 16 or patch % 2 or columns % count) and min(packs, row_packs) > 1
+    fits = num_bytes <= _MAX_SHARED_BYTES and packs <= _MAX_THREADS and max(columns, height, width) < _MAX_DIVIDED
+    if not (is_aligned and fits) or columns < num_channels * patch * patch:
         return None
-    name, types = f"image_patches_{dtype_name(dtype)}_wide", (POINTER,) * 3 + (INT,) * 6
+    shape = _WideShape(
+        num_channels, height, width, columns, pitch, *map(_Divisor, (patch, packs, row_packs, channel_packs))
+    )
     threads = max(1, _WIDE_THREADS // packs) * packs
-    return kernel("image_patches", name, types, shared_bytes=num_bytes, is_dependent=True), threads, pitch
+    name, types = f"image_patches_{dtype_name(dtype)}_wide", (POINTER,) * 3 + (BY_VALUE,)
+    return kernel("image_patches", name, types, shared_bytes=num_bytes, is_dependent=True), threads, shape
 
 
 def _fake(tiles: Tensor, table: Tensor, patch: int, columns: int, dtype: torch.dtype) -> Tensor:

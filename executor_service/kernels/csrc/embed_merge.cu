@@ -21,7 +21,6 @@ template <typename Access, int kInFlight>
 __device__ __forceinline__ void embed_merge(
     const long long* __restrict__ token_ids, const int* __restrict__ places, const Access* __restrict__ table,
     const FeatureRows& features, int first_item, Access* __restrict__ out, int length) {
-    let_next_begin();
     const long long token = blockIdx.x;
     const int place = places[2 * token], item = place - first_item;
     const bool is_ours = place < 0 ? first_item == 0 : item >= 0 && item < kMaxItems;
@@ -36,6 +35,7 @@ __device__ __forceinline__ void embed_merge(
         }
     }
     wait_for_previous();
+    let_next_begin();  // not before: its rows would be brought near while this one's are copied
     if (!is_ours) return;
     if (from == nullptr) from = table + token_ids[token] * length;
     Access* to = out + token * length;
