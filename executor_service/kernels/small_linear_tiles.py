@@ -28,6 +28,8 @@ _MOST_X_STAGES: Final = 3
 """Of so many rows that weights need the room more."""
 SPLITS: Final = 2
 """Blocks of a cluster: each has so many columns of its tiles."""
+_AHEAD_BYTES: Final = 112 * 1024
+"""Of weights and x on their way to a block at a time: memory needs no more, and x stands behind the weights."""
 _SCRATCH_BYTES: Final = 512 * _WARPS + 16 * _WARPS + 1024
 """Beside the rings and other blocks' sums: to turn elements, barriers, and what aligning takes."""
 _SHARED_BYTES: Final = 224 * 1024
@@ -75,14 +77,15 @@ def _is_hopper(device: int) -> bool:
 @cache
 def launcher(shape: Shape) -> Callable[..., None]:
     """Takes x, weight, bias, residual, out; of bias and residual 0 where there is none."""
-    types = (*[BY_VALUE] * 3, *[POINTER] * 3, *[INT] * 6)
+    types = (*[BY_VALUE] * 3, *[POINTER] * 3, *[INT] * 7)
     name = f"small_linear_tiles_{dtype_name(shape.dtype)}_{shape.kind}_{shape.compiled_rows}"
     launch = kernel("small_linear_tiles", name, types, _SHARED_BYTES, SPLITS, is_dependent=True)
     clusters, units = division(shape.features, _most_clusters(name, types))
     rest = units % shape.units or min(units, shape.units)
     steps = ceil(shape.width / (_COLUMNS * SPLITS))
     num_x_stages, num_stages = stages(shape)
-    numbers = shape.rows, shape.features, units, steps, num_stages, num_x_stages
+    num_ahead = steps_ahead(shape, min(units, shape.units), num_stages)
+    numbers = shape.rows, shape.features, units, steps, num_stages, num_x_stages, num_ahead
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | int, residual: Tensor | int, out: Tensor) -> None:
         address = weight.data_ptr()
@@ -120,6 +123,13 @@ def stages(shape: Shape) -> tuple[int, int]:
     most = _MOST_X_STAGES if shape.compiled_rows == MOST_ROWS else _X_STAGES
     num_x_stages = min(most, room // (x_bytes + tile_bytes))
     return num_x_stages, (room - num_x_stages * x_bytes) // tile_bytes
+
+
+def steps_ahead(shape: Shape, units: int, num_stages: int) -> int:
+    """Whose weights are on their way at a time, of tiles of `units` features; not more than there are stages."""
+    weight_rows = units * _TILE_ROWS // shape.units
+    step_bytes = (weight_rows + 8 * ceil(shape.rows / 8)) * _COLUMNS * 2
+    return max(1, min(num_stages, _AHEAD_BYTES // step_bytes))
 
 
 def _weight_map(shape: Shape, address: int, units: int) -> object:

@@ -10,7 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor_service.kernels.small_linear_tiles import MOST_ROWS, SPLITS, Shape, division, stages
+from executor_service.kernels.small_linear_tiles import (
+    MOST_ROWS,
+    SPLITS,
+    Shape,
+    division,
+    stages,
+    steps_ahead,
+)
 from tests.executor_service.host_kernels import check_on_host, needs_compiler
 
 MOST_SHARED_BYTES = 227 * 1024
@@ -39,6 +46,18 @@ def test_rings_fit_and_hold_enough(rows: int) -> None:
     bytes_used = num_x_stages * ceil(rows / 8) * 1024 + num_stages * 128 * 128 + others_sums + 8 * 512 + barriers
     assert 1023 + bytes_used <= MOST_SHARED_BYTES
     assert num_stages >= 7
+
+
+@pytest.mark.parametrize("kind", ["plain", "gated"])
+@pytest.mark.parametrize("rows", range(1, MOST_ROWS + 1))
+def test_copies_run_ahead_but_not_around_the_ring(rows: int, kind: str) -> None:
+    """Who waits for a copy that is further back than the ring is long waits for ever."""
+    shape = Shape(kind, rows, 4096, 4096, torch.bfloat16, 0)
+    _, num_stages = stages(shape)
+    for units in range(8, shape.units + 1, 8):
+        ahead = steps_ahead(shape, units, num_stages)
+        assert 3 <= ahead <= num_stages
+        assert ahead * (units * 128 // shape.units + rows) * 128 <= 112 * 1024
 
 
 @needs_compiler

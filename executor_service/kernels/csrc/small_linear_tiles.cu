@@ -21,7 +21,8 @@ struct Arguments {
     const TensorMap *weight_map, *rest_map, *x_map;  // of whole tiles, of what a range has beyond them
     const void *bias, *residual;
     void* out;
-    int rows, features, range, steps, num_stages, num_x_stages;  // features of a cluster, steps of a block and tile
+    int rows, features, range, steps;  // features of a cluster, steps of a block and tile
+    int num_stages, num_x_stages, num_ahead;  // of weights and of x, of weights that are on their way at a time
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -83,13 +84,23 @@ template <typename T, int kRows, bool kGated> struct Product {
 
     // --- the two producers, a lane each ---
 
+    // Only so many copies of weights are on their way at a time: the copy engine takes one after the other, and x, which
+    // is asked for last, stands behind all of them.
     __device__ void produce_weights() {
         const unsigned long long policy = read_once_policy();
+        Ring arriving = weights;
+        int num_asked_for = 0;
         for (int first = begin; first < end; first += kUnits) {
             const int units = min(kUnits, begin + arguments.range - first);
             const TensorMap* map = units == kUnits ? arguments.weight_map : arguments.rest_map;
 #pragma unroll 1
             for (int step = 0; step < arguments.steps; ++step) {
+                if (num_asked_for == arguments.num_ahead) {
+                    wait_for_phase(arriving.full_here(), arriving.parity);
+                    arriving.advance();
+                } else {
+                    ++num_asked_for;
+                }
                 wait_for_phase(weights.empty_here(), weights.parity ^ 1);
                 const unsigned to = weights.here(), barrier = weights.full_here();
                 arrive_expecting(barrier, units * (kTileRows / kUnits) * kRowBytes);
@@ -301,7 +312,7 @@ template <typename T, int kRows, bool kGated> __device__ __forceinline__ void ru
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define RUN(T, ROWS, GATED)                                                                                    \
     run<T, ROWS, GATED>({&weight_map, &rest_map, &x_map, bias, residual, out, rows, features, range, steps,        \
-                         num_stages, num_x_stages})
+                         num_stages, num_x_stages, num_ahead})
 #else
 #define RUN(T, ROWS, GATED) __trap()
 #endif
@@ -309,7 +320,7 @@ template <typename T, int kRows, bool kGated> __device__ __forceinline__ void ru
     extern "C" __global__ void __launch_bounds__(kThreads, 1) small_linear_tiles_##NAME##_##KIND##_##ROWS(         \
         const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap rest_map,                  \
         const __grid_constant__ TensorMap x_map, const void* bias, const void* residual, void* out, int rows,      \
-        int features, int range, int steps, int num_stages, int num_x_stages) {                                    \
+        int features, int range, int steps, int num_stages, int num_x_stages, int num_ahead) {                     \
         RUN(T, ROWS, GATED);                                                                                       \
     }
 #define KINDS(NAME, T, ROWS)            \
