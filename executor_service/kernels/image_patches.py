@@ -28,11 +28,12 @@ _MAX_THREADS: Final = 512
 _MAX_SHARED_BYTES: Final = 96 * 1024
 """Of one block, which every GPU from sm_80 on has."""
 _LEVELS: Final = 256
-_MAX_DIVIDED: Final = 1 << 16
+MAX_DIVIDED: Final = 1 << 16
+"""No number that the kernel divides by multiplying, nor a divisor, is as large."""
 
 
-class _Divisor(ctypes.Structure):
-    """As the kernel divides by it: numbers below `_MAX_DIVIDED`, and not by 1."""
+class Divisor(ctypes.Structure):
+    """`value`, from 2 on, and what the kernel multiplies by to divide by it: the upper 32 bits of a product."""
 
     _fields_ = (("value", ctypes.c_uint32), ("reciprocal", ctypes.c_uint32))
 
@@ -45,7 +46,7 @@ class _WideShape(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_uint32) for name in ("num_channels", "height", "width", "columns", "pitch")),
-        *((name, _Divisor) for name in ("patch", "packs", "row_packs", "channel_packs")),
+        *((name, Divisor) for name in ("patch", "packs", "row_packs", "channel_packs")),
     )
 
     def getPtr(self) -> int:  # noqa: N802 - what cuda-bindings asks of an argument
@@ -107,11 +108,11 @@ def _wide_variant(
     pitch = (row_packs | 1) * 16
     num_bytes = num_channels * (_LEVELS * dtype.itemsize + patch * pitch)
     is_aligned = not (width % 16 or patch % 2 or columns % count) and min(packs, row_packs) > 1
-    fits = num_bytes <= _MAX_SHARED_BYTES and packs <= _MAX_THREADS and max(columns, height, width) < _MAX_DIVIDED
+    fits = num_bytes <= _MAX_SHARED_BYTES and packs <= _MAX_THREADS and max(columns, height, width) < MAX_DIVIDED
     if not (is_aligned and fits) or columns < num_channels * patch * patch:
         return None
     shape = _WideShape(
-        num_channels, height, width, columns, pitch, *map(_Divisor, (patch, packs, row_packs, channel_packs))
+        num_channels, height, width, columns, pitch, *map(Divisor, (patch, packs, row_packs, channel_packs))
     )
     threads = max(1, _WIDE_THREADS // packs) * packs
     name, types = f"image_patches_{dtype_name(dtype)}_wide", (POINTER,) * 3 + (BY_VALUE,)

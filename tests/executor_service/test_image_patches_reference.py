@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from executor_service.kernels.image_patches import image_patches
+from executor_service.kernels.image_patches import MAX_DIVIDED, Divisor, image_patches
 from executor_service.kernels.normalize import normalize
 
 
@@ -36,3 +36,16 @@ def test_a_product_with_them_is_the_convolution(
 def test_opcheck(dtype: torch.dtype) -> None:
     tiles, table = torch.randint(256, (2, 3, 9, 8), dtype=torch.uint8), torch.randn(3, 256)
     torch.library.opcheck(torch.ops.diptych.image_patches.default, (tiles, table, 4, 50, dtype))
+
+
+@pytest.mark.parametrize("value", [2, 3, 7, 14, 21, 80, 294, 641, 4095, 4096, 65521, MAX_DIVIDED - 1])
+def test_the_kernel_divides_exactly(value: int) -> None:
+    """By the upper half of a product of 32 bits each, as on a GPU."""
+    divisor = Divisor(value)
+    for number in range(MAX_DIVIDED):
+        assert number * divisor.reciprocal >> 32 == number // value
+
+
+@given(st.integers(2, MAX_DIVIDED - 1), st.integers(0, MAX_DIVIDED - 1))
+def test_any_two_numbers_are_divided_exactly(value: int, number: int) -> None:
+    assert number * Divisor(value).reciprocal >> 32 == number // value
