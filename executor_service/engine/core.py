@@ -95,15 +95,14 @@ class Engine:
         self._refused.append(Finished(request_id, reason, error=error))
 
     def abort(self, request_ids: Iterable[int]) -> None:
-        """End requests now; a step's report says so, when nothing on the device uses their tensors any more.
+        """End requests now; the next step's report says so, when nothing on the device uses their tensors any more.
 
         Ids that are not here any more are ignored.
         """
-        ended = self._aborted if self._in_flight is None else self._in_flight.ended
         for request_id in request_ids:
             if (request := self._requests.get(request_id)) is not None:
                 request.finish_reason = FinishReason.ABORTED
-                ended.append(self._retire(request))
+                self._aborted.append(self._retire(request))
 
     def step(self) -> StepReport:
         """One step: its report has every output and every request that ended."""
@@ -138,9 +137,7 @@ class Engine:
         return step
 
     def _update(self, step: Step) -> list[Token]:
-        """Append the step's tokens, once they are known, and retire the requests that they end."""
-        if step.output.sampled is None:
-            return []
+        """Wait for the step; append its tokens and retire the requests that they end."""
         sampled, tokens = step.output.sampled.result(), list[Token]()
         for scheduled, token_id, logprobs in zip(
             step.output.requests, sampled.token_ids, sampled.logprobs, strict=True

@@ -32,11 +32,12 @@ from executor_service.models.protocol import takes_requests
 class ModelOutput:
     """Tokens of the requests in `requests`, parallel, as soon as they are known; `failed` could not be encoded.
 
+    Once `sampled` has its result, which may be of no request, the device is done with the step and all that it read.
     `prompt_logprobs` are what the step says of prompt tokens, for the requests that ask.
     """
 
     requests: list[ScheduledRequest]
-    sampled: PendingTokens | None
+    sampled: PendingTokens
     failed: Failures
     prompt_logprobs: PendingPromptLogprobs = field(default_factory=PendingPromptLogprobs)
 
@@ -78,7 +79,7 @@ class ModelRunner:
         """One step: tokens for every request whose last token is in the batch."""
         scheduled, failed = self.encoder.encode_batch(batch.requests)
         if not scheduled:
-            return ModelOutput([], None, failed)
+            return ModelOutput([], PendingTokens.none(self.device), failed)
         needs_token = [one.needs_token for one in scheduled]
         size = self._graph_size(scheduled) if all(needs_token) else None
         if size is None:
@@ -86,8 +87,6 @@ class ModelRunner:
         else:
             logits, scores = self._replay(scheduled, size), PendingPromptLogprobs()
         sampling = list(itertools.compress(scheduled, needs_token))
-        if not sampling:
-            return ModelOutput([], None, failed, scores)
         return ModelOutput(sampling, self._sample(logits, sampling), failed, scores)
 
     def prompt_positions(

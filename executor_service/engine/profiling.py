@@ -132,8 +132,7 @@ def _run_language_model(runner: ModelRunner, prompt: list[int], items: list[Engi
         batch.append(ScheduledRequest(request, num_tokens, () if batch else inside))
         left -= num_tokens
     output = runner.execute(ScheduledBatch(sorted(batch, key=lambda scheduled: scheduled.num_tokens > 1)))
-    if output.sampled is not None:
-        output.sampled.result()
+    output.sampled.result()
     for scheduled in batch:
         runner.sampler.release(scheduled.request.request_id)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from executor_service.engine.messages import FinishReason, StepReport
+from executor_service.engine.model_runner import ModelOutput
 from executor_service.engine.request import Request
+from executor_service.engine.sampler import SampledTokens
+from executor_service.engine.scheduler import ScheduledBatch
 from tests.executor_service.conftest import Bench, boot_engine, picture, tokens_of
 
 BAD_WORDS = ((5, 6), (7,))
@@ -88,6 +91,34 @@ def test_aborted_in_flight(ahead: Bench, after: int) -> None:
     assert tokens_of(reports)[1] == alone
     assert ahead.engine.load.num_used_blocks == 0
     ahead.engine.check_integrity()
+
+
+def test_a_chunk_is_waited_for_too(ahead: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is sampled there, but who is told that it has ended may write to where the device still reads."""
+    prompt = ahead.request(0, "", [], max_tokens=2)
+    request = Request(0, [7] * 900, [], prompt.sampling, 910)
+    waited_for: list[ModelOutput] = []
+    real = ahead.engine.runner.execute
+
+    def execute(batch: ScheduledBatch) -> ModelOutput:
+        output = real(batch)
+
+        def result() -> SampledTokens:
+            waited_for.append(output)
+            return SampledTokens([], [])
+
+        monkeypatch.setattr(output.sampled, "result", result)
+        return output
+
+    monkeypatch.setattr(ahead.engine.runner, "execute", execute)
+    ahead.engine.add(request)
+    assert ahead.engine.step().end.finished == []
+    ahead.engine.abort([0])
+    assert waited_for == []
+    (finished,) = ahead.engine.step().end.finished
+    assert (finished.request_id, finished.reason) == (0, FinishReason.ABORTED)
+    assert len(waited_for) == 1
+    assert not ahead.engine.has_work
 
 
 def test_a_prefix_is_shared_although_its_last_token_was_in_flight(ahead: Bench) -> None:
