@@ -39,7 +39,7 @@ def _find_class(architecture: str, model_dir: Path, plugins: Sequence[str]) -> t
     if architecture not in known:
         raise UnknownArchitectureError(
             f"no family is registered for architecture {architecture!r} of {model_dir}; "
-            f"registered: {', '.join(sorted(known))}"
+            f"registered: {', '.join(sorted(known))}; --plugin MODULE brings others"
         )
     return _resolve(known[architecture])
 

@@ -20,6 +20,7 @@ from typing import Any, Final
 from diptych.cli.inputs import add_input_arguments, read_input, read_media
 from diptych.cli.output import print_json
 from diptych.cli.plan import find_placeholders
+from diptych.client.errors import RequestError
 from diptych.client.inputs import GenerateOptions
 from diptych.client.results import Generation, Logprobs
 from diptych.client.sync import Client
@@ -91,11 +92,16 @@ def ask(arguments: argparse.Namespace, address: str) -> int:
     with Client(address) as client:
         prompt = read_input(arguments, find_placeholders(client) if arguments.chat else {})
         generation = Generation()
-        for piece in client.stream(prompt, **_options(arguments)):
-            generation.add(piece)
-            if not arguments.json and piece.text:
-                sys.stdout.write(piece.text)
-                sys.stdout.flush()
+        try:
+            for piece in client.stream(prompt, **_options(arguments)):
+                generation.add(piece)
+                if not arguments.json and piece.text:
+                    sys.stdout.write(piece.text)
+                    sys.stdout.flush()
+        except RequestError:
+            if not arguments.json and generation.text:
+                print(flush=True)  # the error gets a line of its own
+            raise
     if arguments.json:
         print_json(as_json(generation, arguments.logprobs is not None, arguments.prompt_logprobs is not None))
     else:

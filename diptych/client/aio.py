@@ -59,7 +59,9 @@ class AsyncClient:
         **options: Unpack[GenerateOptions],
     ) -> AsyncIterator[Piece]:
         """The answer piece by piece; closing the iterator cancels the request."""
-        call = self._stub.Generate(generate_request(prompt, options), timeout=timeout or self._timeout)
+        call = self._stub.Generate(
+            generate_request(prompt, options), timeout=self._timeout if timeout is None else timeout
+        )
         try:
             async for message in call:
                 yield piece_from_proto(message)

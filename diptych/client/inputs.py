@@ -210,7 +210,7 @@ def _set(message: Any, name: str, value: Any) -> None:
         elif name == "bad_words":
             message.bad_words.append(value if isinstance(value, str) else tensor_pb2.TokenSequence(token_ids=value))
         elif name in ("stop", "stop_token_ids"):
-            getattr(message, name).extend(value)
+            getattr(message, name).extend([value] if isinstance(value, str) else value)
         else:
             setattr(message, name, value)
     except (ValueError, TypeError) as error:

@@ -55,7 +55,9 @@ class Client:
         self, prompt: Prompt | Chat, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Iterator[Piece]:
         """The answer piece by piece; closing the iterator cancels the request."""
-        call = self._stub.Generate(generate_request(prompt, options), timeout=timeout or self._timeout)
+        call = self._stub.Generate(
+            generate_request(prompt, options), timeout=self._timeout if timeout is None else timeout
+        )
         try:
             for message in call:
                 yield piece_from_proto(message)

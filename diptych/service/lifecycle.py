@@ -100,7 +100,10 @@ class GrpcFrame:
         try:
             bound = self.server.add_insecure_port(_join(self._host, self._port))
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {_join(self._host, self._port)}: {error}") from error
+            address = _join(self._host, self._port)
+            raise OSError(
+                f"cannot listen on {address}: {error}; if another program has the port, take another (0: any free one)"
+            ) from error
         await self.server.start()
         await self.health.set("", health_pb2.HealthCheckResponse.SERVING)
         return _join(self._host, bound)

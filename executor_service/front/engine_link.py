@@ -63,6 +63,8 @@ class EngineLink:
         """Start the process, which begins to boot, and listen to it."""
         loop = asyncio.get_running_loop()
         self._booted, self.died = loop.create_future(), loop.create_future()
+        # Looked at, whether or not anybody still waits: who cannot listen, or is told to stop, does not.
+        self._booted.add_done_callback(lambda booted: booted.cancelled() or booted.exception())
         self._connection, theirs = Pipe(duplex=True)
         with theirs:
             self._process = _spawn(self._engine_module, theirs.fileno(), arena)
@@ -98,7 +100,7 @@ class EngineLink:
     @property
     def _is_booted(self) -> bool:
         booted = self._booted
-        # Whoever waited may have been cancelled, and the future with it; an exception is looked at, waited for or not.
+        # Whoever waited may have been cancelled, and the future with it.
         return booted is not None and booted.done() and not booted.cancelled() and booted.exception() is None
 
     def _read(self) -> None:

@@ -32,7 +32,7 @@ _AHEAD_BYTES: Final = 112 * 1024
 """Of weights and x on their way to a block at a time: memory needs no more, and x stands behind the weights."""
 _SCRATCH_BYTES: Final = 512 * _WARPS + 16 * _WARPS + 1024
 """Beside the rings and other blocks' sums: to turn elements, barriers, and what aligning takes."""
-_SHARED_BYTES: Final = 224 * 1024
+SHARED_BYTES: Final = 224 * 1024
 """Of every block: one fits on a multiprocessor and small kernels' beside it, and the next kernel's takes its place."""
 
 
@@ -79,7 +79,7 @@ def launcher(shape: Shape) -> Callable[..., None]:
     """Takes x, weight, bias, residual, out; of bias and residual 0 where there is none."""
     types = (*[BY_VALUE] * 3, *[POINTER] * 3, *[INT] * 7)
     name = f"small_linear_tiles_{dtype_name(shape.dtype)}_{shape.kind}_{shape.compiled_rows}"
-    launch = kernel("small_linear_tiles", name, types, _SHARED_BYTES, SPLITS, is_dependent=True)
+    launch = kernel("small_linear_tiles", name, types, SHARED_BYTES, SPLITS, is_dependent=True)
     clusters, units = division(shape.features, _most_clusters(name, types))
     rest = units % shape.units or min(units, shape.units)
     steps = ceil(shape.width / (_COLUMNS * SPLITS))
@@ -105,7 +105,7 @@ def _most_clusters(name: str, types: tuple[Any, ...]) -> int:
     """That run at the same time: a cluster lies within one part of the GPU, and not every part holds whole ones."""
     from cuda.bindings import driver
 
-    alone = kernel("small_linear_tiles", name, types, _SHARED_BYTES, SPLITS)
+    alone = kernel("small_linear_tiles", name, types, SHARED_BYTES, SPLITS)
     config = alone.config
     config.gridDimX, config.gridDimY, config.gridDimZ, config.blockDimX = 1024 * SPLITS, 1, 1, _THREADS
     status, count = driver.cuOccupancyMaxActiveClusters(alone.function, config)
@@ -119,7 +119,7 @@ def stages(shape: Shape) -> tuple[int, int]:
     own_groups = ceil(shape.compiled_rows / (8 * SPLITS))
     sums_bytes = _WARPS * (SPLITS - 1) * min(own_groups, 2) * 512
     x_bytes, tile_bytes = 8 * ceil(shape.rows / 8) * _COLUMNS * 2 + 16, _TILE_BYTES + 16
-    room = _SHARED_BYTES - _SCRATCH_BYTES - sums_bytes
+    room = SHARED_BYTES - _SCRATCH_BYTES - sums_bytes
     most = _MOST_X_STAGES if shape.compiled_rows == MOST_ROWS else _X_STAGES
     num_x_stages = min(most, room // (x_bytes + tile_bytes))
     return num_x_stages, (room - num_x_stages * x_bytes) // tile_bytes

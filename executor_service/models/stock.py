@@ -32,6 +32,16 @@ class StockModel(nn.Module):
         self.fused_decoder: FusedDecoder | None = None
         self.softcap = getattr(ctx.text_config, "final_logit_softcapping", None)
 
+    @property
+    def language_model(self) -> nn.Module:
+        """The decoder without its head; a family whose class calls it otherwise says how."""
+        decoder: nn.Module = self.hf.model.language_model
+        return decoder
+
+    def rename_weight(self, name: str) -> str | None:
+        """A checkpoint's name of a weight to ours; None: it is not loaded."""
+        return f"hf.{name}"
+
     def get_input_embeddings(self) -> nn.Module:
         """The language model's token embedding."""
         embeddings: nn.Module = self.hf.get_input_embeddings()
@@ -51,7 +61,7 @@ class StockModel(nn.Module):
         """
         if self.fused_decoder is not None and not adapter:
             return self.fused_decoder(inputs_embeds, positions, requests)
-        outputs = self.hf.model.language_model(
+        outputs = self.language_model(
             inputs_embeds=inputs_embeds[None], position_ids=positions[None], use_cache=False, **adapter
         )
         hidden: Tensor = outputs.last_hidden_state[0]
@@ -67,7 +77,7 @@ class StockModel(nn.Module):
 
     def fuse_decoder(self) -> bool:
         """From now on run the decoder's fused twin, if it has one; once, after the weights are loaded."""
-        self.fused_decoder = FusedDecoder.of(self.hf.model.language_model)
+        self.fused_decoder = FusedDecoder.of(self.language_model)
         if self.fused_decoder is None:
             return False
         self._fused_head = Linear(self.hf.lm_head.weight, self.hf.lm_head.bias)

@@ -7,15 +7,20 @@ import shutil
 import sys
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from diptych.cli.main import main
 from executor_service.checks import trial
+from executor_service.checks.forward import _before_items
 from executor_service.checks.prompts import Prompt
 from executor_service.checks.recorder import Answer, Run
-from registry import InputContext, MediaItem
+from registry import InputContext, MediaInfo, MediaItem
+from registry.checks import prompt as prompt_checks
+from registry.families import open_family
 from registry.models import llava
 from tests.cli import broken
 from tests.cli.checking import STAGES, failed, first_failure, only_failure, renamed, stage
@@ -96,6 +101,30 @@ class TestWholeFamilies:
             "patchwork": "3 prompts alone and in chunks, transformers does not know the architecture",
         }
         assert stage(report, "forward")["detail"].startswith(expected[name])
+
+    @pytest.mark.parametrize("more", [0, 1])
+    def test_a_processor_that_counts_separators(self, more: int, tmp_path: Path, report_of, monkeypatch) -> None:
+        """As some of transformers' do; any other number is a failure."""
+        plugin_checkpoints.make_gemma3(tmp_path)
+        family = open_family(tmp_path, plugins=["tests.plugins.gemma3"])
+        count = family.layout(MediaInfo.image(32, 32)).num_tokens
+        monkeypatch.setattr(prompt_checks, "make_processor", lambda ctx: ctx.tokenizer)
+        monkeypatch.setattr(prompt_checks, "_own_counts", lambda _, infos: [count + 2 + more] * len(infos))
+        monkeypatch.setattr(prompt_checks, "_check_ids", lambda *_: None)
+        report = report_of(tmp_path, "tests.plugins.gemma3")
+        assert ("transformers' processor" in failed(report)) == bool(more)
+        if more:
+            hook, _, expected, actual = first_failure(report, "transformers' processor")
+            assert (hook, expected.split()[0]) == ("image layout", str(count + 3))
+            assert actual == f"{count} features in {count + 2} tokens"
+
+    def test_an_answer_is_compared_up_to_what_stands_for_an_item(self) -> None:
+        """Transformers would take it for one more picture."""
+        some = SimpleNamespace(family=SimpleNamespace(feature_token_ids=frozenset({9})), token_ids=[1, 2, 3])
+        for token_ids, kept in (([5, 9, 7], [5, 9]), ([9, 5, 7], [9]), ([5, 7, 9], [5, 7, 9]), ([5, 6, 7], [5, 6, 7])):
+            answer = _before_items(some, some, Answer(token_ids, torch.zeros(5, 4)))
+            assert answer.token_ids == kept
+            assert len(answer.logits) == 3 + len(kept) - 1
 
     def test_a_family_without_a_layout(self, fixed: Path, report_of) -> None:
         """There is nothing to hold its hooks against; what can be called is called."""

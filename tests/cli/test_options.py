@@ -262,3 +262,11 @@ def test_a_plugin_beside_the_user_is_found(model: Path, image: Path, tmp_path: P
     done = subprocess.run([*command, "--prompt", "x"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "cannot import the plugin 'my_family': it was found" in done.stderr
+
+
+def test_a_boot_error_is_the_last_word(tmp_path: Path) -> None:
+    """Not what nobody waited for any more behind it."""
+    done = diptych("executor", "--model", tmp_path, "--port", 0)
+    assert done.returncode == 1
+    assert "config.json" in done.stderr
+    assert "never retrieved" not in done.stderr

@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from diptych.client import AsyncClient, Chat, Client, Media, Message, Prompt, RequestError
+from diptych.client.inputs import generate_request
 from diptych.service.lifecycle import running
 from preprocess_service.planning import Checkpoint
 from preprocess_service.server import SERVICE_NAME, PreprocessServer
@@ -102,6 +103,19 @@ async def test_what_does_not_fit_its_field_is_refused_as_the_server_would(addres
                 await client.generate(Prompt("x"), **options)  # type: ignore[arg-type]
             assert caught.value.code == "INVALID_ARGUMENT"
             assert caught.value.details["field"] in options
+
+
+def test_a_single_stop_string_is_one() -> None:
+    """Not as many as it has letters."""
+    assert list(generate_request(Prompt("x"), {"stop": "END"}).stop) == ["END"]  # type: ignore[typeddict-item]
+    assert list(generate_request(Prompt("x"), {"stop": ["A", "B"]}).stop) == ["A", "B"]
+
+
+async def test_a_deadline_of_0_is_one(address: str) -> None:
+    async with AsyncClient(address) as client:
+        with pytest.raises(RequestError) as caught:
+            await anext(client.stream(Prompt("words"), timeout=0))
+    assert caught.value.code == "DEADLINE_EXCEEDED"
 
 
 def test_both_clients_have_the_same_methods() -> None:

@@ -142,6 +142,17 @@ def test_an_item_on_its_way_is_awaited_and_inherited(store: ItemStore) -> None:
     store.check_integrity([*second.holds, *third.holds])
 
 
+def test_an_alias_that_is_named_again_is_young_again(store: ItemStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(item_store, "MAX_ALIASES", 2)
+    early, late = (claim_for(store, Sender("alice", stream), [("hot", 1)]).holds[0] for stream in (1, 2))
+    complete(store, early, "hot")
+    receive(store, ALICE, "cold", 1)
+    complete(store, late, "hot")
+    receive(store, ALICE, "new", 1)
+    found = {name: claim_for(store, ALICE, [(name, 1)]).is_complete for name in ("hot", "cold", "new")}
+    assert found == {"hot": True, "cold": False, "new": True}
+
+
 def test_aliases_are_bounded_and_the_one_named_longest_ago_goes(
     store: ItemStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -277,6 +277,31 @@ def test_two_large_items_take_turns_in_a_small_cache(has_spans: bool) -> None:
     assert sorted(run_to_the_end(scheduler, 300)) == list(range(6))
 
 
+def test_nobody_begins_in_a_step_that_preempts() -> None:
+    """The victim would take back what it gave up; and to be scheduled again is no second beginning."""
+    scheduler = make_scheduler(num_blocks=8)
+    requests = [make_request(number, 12, 20, [], variant=number) for number in range(2)]
+    for request in requests:
+        scheduler.add(request)
+    batch = scheduler.schedule()
+    while not batch.num_preempted:
+        for scheduled in batch.requests:
+            needs_token = scheduled.needs_token
+            scheduler.advance(scheduled.request, scheduled.num_tokens)
+            if needs_token:
+                scheduled.request.append(3, frozenset())
+        batch = scheduler.schedule()
+    assert [scheduled.request for scheduled in batch.requests] == requests[:1]
+    assert scheduler.waiting == requests[1:]
+    begun, counted = requests[1].first_scheduled, scheduler.counters.num_prompt_tokens
+    for scheduled in batch.requests:
+        scheduler.advance(scheduled.request, scheduled.num_tokens)
+        scheduled.request.append(3, frozenset())
+    run_to_the_end(scheduler, 200)
+    assert (requests[1].first_scheduled, scheduler.counters.num_prompt_tokens) == (begun, counted)
+    assert counted == 24
+
+
 def test_finish_reasons() -> None:
     params = SamplingParams(max_tokens=3, stop_token_ids=frozenset({9}))
     request = Request(0, [1, 2], [], params, MAX_LEN)

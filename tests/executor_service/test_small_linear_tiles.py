@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from executor_service.kernels.small_linear_tiles import (
     MOST_ROWS,
+    SHARED_BYTES,
     SPLITS,
     Shape,
     division,
@@ -19,8 +20,6 @@ from executor_service.kernels.small_linear_tiles import (
     steps_ahead,
 )
 from tests.executor_service.host_kernels import check_on_host, needs_compiler
-
-MOST_SHARED_BYTES = 227 * 1024
 
 
 @given(st.integers(1, 5000).map(lambda n: 8 * n), st.integers(1, 33))
@@ -44,7 +43,7 @@ def test_rings_fit_and_hold_enough(rows: int) -> None:
     barriers = 16 * (num_x_stages + num_stages + 8)
     others_sums = 8 * (SPLITS - 1) * min(2, ceil(shape.compiled_rows / (8 * SPLITS))) * 512
     bytes_used = num_x_stages * ceil(rows / 8) * 1024 + num_stages * 128 * 128 + others_sums + 8 * 512 + barriers
-    assert 1023 + bytes_used <= MOST_SHARED_BYTES
+    assert 1023 + bytes_used <= SHARED_BYTES
     assert num_stages >= 7
 
 

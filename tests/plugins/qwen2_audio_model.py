@@ -26,6 +26,3 @@ class Qwen2AudioModel(StockModel):
         hidden = tower(spectrograms, attention_mask=mask).last_hidden_state
         features = self.hf.model.multi_modal_projector(hidden)
         return [rows[:length] for rows, length in zip(features, outer.tolist(), strict=True)]
-
-    def rename_weight(self, name: str) -> str:
-        return f"hf.{name}"

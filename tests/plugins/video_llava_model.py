@@ -20,6 +20,3 @@ class VideoLlavaModel(StockModel):
             return list(self.hf.model.get_image_features(torch.stack(pixel_values)).pooler_output)
         features = [self.hf.model.get_video_features(frames[None]).pooler_output for frames in pixel_values_videos]
         return [rows.flatten(0, 1) for rows in features]
-
-    def rename_weight(self, name: str) -> str:
-        return f"hf.{name}"

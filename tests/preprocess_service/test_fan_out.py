@@ -10,8 +10,8 @@ from contextlib import aclosing
 import pytest
 
 from diptych.v1 import tensor_pb2
-from preprocess_service.fan_out import MAX_UNREAD, Piece, fan_out
-from preprocess_service.requests import Delta, Ended
+from preprocess_service.fan_out import MAX_UNREAD, Piece, fan_out, nth_call
+from preprocess_service.requests import Delta, Ended, GenerateCall, Prompt
 
 NUM_PIECES = 3 * MAX_UNREAD
 """Of each answer, its end included: far more than may wait."""
@@ -86,3 +86,8 @@ async def test_who_stops_reading_for_good_leaves_nothing() -> None:
         assert not answers.closed
     assert answers.closed == {0, 1, 2}
     assert asyncio.all_tasks() == before
+
+
+def test_the_seed_after_the_largest_is_0() -> None:
+    call = GenerateCall(Prompt("x"), "id", tensor_pb2.SamplingParams(seed=(1 << 64) - 1))
+    assert [nth_call(call, index).sampling.seed for index in range(3)] == [(1 << 64) - 1, 0, 1]

@@ -224,7 +224,7 @@ async def test_a_full_service_says_when_to_come_back(client: AsyncClient, execut
         await anext(stream)
     error = await failure(client, Prompt("one more"))
     assert (error.code, error.details["limit"]) == ("RESOURCE_EXHAUSTED", "8")
-    assert float(error.details["retry_after"]) > 0
+    assert error.details["retry_after"] == "0.5"
     for stream in streams:
         await stream.aclose()  # type: ignore[attr-defined]
     await eventually(lambda: all(request.cancelled.is_set() for request in executor.requests))
@@ -246,6 +246,8 @@ async def test_every_answer_counts(client: AsyncClient, executor: StandInExecuto
     with pytest.raises(RequestError, match=r"9 answers are asked for; at most 8 .*--max-pending-requests") as caught:
         await client.generate_all(Prompt("more"), n=9)
     assert (caught.value.code, caught.value.details["retryable"]) == ("INVALID_ARGUMENT", "false")
+    for _ in range(5):  # every answer gives its place back: fifteen would not fit
+        assert len(await client.generate_all(Prompt("more"), n=3, max_tokens=1)) == 3
 
 
 @pytest.mark.parametrize("letter", ["m", "é", "😀", "%"])

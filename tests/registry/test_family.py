@@ -147,6 +147,14 @@ def test_items_of_a_modality_the_family_does_not_support(ctx, info: MediaInfo) -
             ask(make_family(ctx))
 
 
+def test_no_more_layouts_are_kept_than_a_few_thousand(ctx) -> None:
+    """Sizes are the clients' choice."""
+    family = make_family(ctx)
+    for width in range(4, 4204):
+        family.layout(MediaInfo.image(4, width))
+    assert len(family._layouts) <= 4096
+
+
 def test_tokens_of_the_family(ctx) -> None:
     family = make_family(ctx)
     assert family.modality_of_placeholder == {3: "image"}
