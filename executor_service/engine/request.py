@@ -100,7 +100,6 @@ class Request:
         self._prompt_positions = positions
         self._decode_delta = decode_delta
         self.constraints = TokenConstraints(sampling)
-        self._always_changes_logits = bool(sampling.has_penalties or sampling.logit_bias or sampling.bad_words)
         # The first token has no log probability: nothing comes before it.
         self.num_scored_tokens = 1
         self.finish_reason: FinishReason | None = None
@@ -140,12 +139,6 @@ class Request:
     def needs_output_on_host(self) -> bool:
         """Whether the next token depends on values of output tokens that only the host looks at: on bad words."""
         return self.constraints.has_sequences
-
-    @property
-    def changes_logits(self) -> bool:
-        """Whether biases, penalties or bans apply to the next token."""
-        num_output_tokens = self.num_expected_tokens - self.num_prompt_tokens
-        return self._always_changes_logits or num_output_tokens < self.sampling.min_tokens
 
     @property
     def scores_prompt(self) -> bool:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from diptych.service.lifecycle import CHANNEL_OPTIONS
 from diptych.v1 import executor_pb2
+from executor_service.engine.messages import Abort, Announce, ToEngine
 from executor_service.server import ExecutorServer
 from executor_service.settings import ExecutorSettings
 from registry import MediaInfo, MediaItem
@@ -142,6 +143,20 @@ def test_who_awaited_a_cancelled_request_is_asked(channel, planner) -> None:
         assert peer.wait_credit(2).missing == [0]
         peer.send_tensors(2, second)
         assert peer.finish(2).tokens == expected
+
+
+def test_who_ends_while_tensors_arrive_is_not_kept_by_the_engine(channel, planner, server, monkeypatch) -> None:
+    """It has been announced there, and nothing else would ever say that it is not to come."""
+    link, sent = server[0].front._link, list[ToEngine]()
+    send = link.send
+    monkeypatch.setattr(link, "send", lambda message: (sent.append(message), send(message)))
+    with Peer(channel) as peer:
+        peer.start(1, plan(planner, "never whole", noise(23)))
+        peer.wait_credit(1)
+        peer.cancel(1)
+        assert peer.finish(1).code == grpc.StatusCode.CANCELLED
+    (number,) = (message.submit.request_id for message in sent if isinstance(message, Announce))
+    assert [message.request_ids for message in sent if isinstance(message, Abort)] == [(number,)]
 
 
 def test_inline_tensors(channel, planner) -> None:

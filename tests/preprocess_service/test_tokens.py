@@ -103,6 +103,15 @@ def test_long_runs_of_invalid_bytes_stay_fast(tokenizer: TextTokenizer) -> None:
     assert [detokenizer.step(stray) for _ in range(20_000)] == ["\ufffd"] * 20_000
 
 
+def test_a_long_answer_is_not_decoded_again_for_every_token(tokenizer: TextTokenizer, monkeypatch) -> None:
+    detokenizer, lengths = IncrementalDetokenizer(tokenizer), list[int]()
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, *rest: (lengths.append(len(ids)), decode(ids, *rest))[1])
+    for token_id in tokenizer.encode("Hello there, hello again. ", False) * 40:
+        detokenizer.step(token_id)
+    assert 0 < max(lengths) < 10
+
+
 # --- stop strings ---------------------------------------------------------------------------------
 
 
