@@ -67,8 +67,8 @@ def check_transformers_processor(subject: Subject, findings: Findings) -> str:
         # Some processors count features, others all that stands in the placeholder's place.
         if count not in (layout.num_tokens, layout.length):
             expected = f"{count} tokens, as {_name(processor)} counts"
-            actual = f"{layout.num_tokens} features in {layout.length} tokens"
-            findings.fail("image layout", describe(info), expected, actual)
+            separators = "" if layout.length == layout.num_tokens else f", {layout.length} with separators"
+            findings.fail("image layout", describe(info), expected, f"{layout.num_tokens} tokens{separators}")
     usable = [info for info in representatives(probes) if min(info.size) >= 16][:NUM_PROMPTS]
     try:
         for info in findings.each(usable):

@@ -116,7 +116,7 @@ class TestWholeFamilies:
         if more:
             hook, _, expected, actual = first_failure(report, "transformers' processor")
             assert (hook, expected.split()[0]) == ("image layout", str(count + 3))
-            assert actual == f"{count} features in {count + 2} tokens"
+            assert actual == f"{count} tokens, {count + 2} with separators"
 
     def test_an_answer_is_compared_up_to_what_stands_for_an_item(self) -> None:
         """Transformers would take it for one more picture."""

@@ -77,7 +77,8 @@ def test_unknown_architecture_lists_what_is_registered(ctx, write_plugin) -> Non
     with pytest.raises(UnknownArchitectureError) as caught:
         bind_family(other, [module])
     assert str(caught.value) == (
-        f"no family is registered for architecture 'OtherForImages' of {ctx.model_dir}; registered: {expected}"
+        f"no family is registered for architecture 'OtherForImages' of {ctx.model_dir}; registered: {expected}; "
+        "--plugin MODULE brings others"
     )
 
 
