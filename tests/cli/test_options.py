@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import wave
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import pytest
 from diptych.cli.both import BothSettings
 from diptych.cli.commands import COMMANDS, UsageError
 from diptych.cli.main import main
+from diptych.client import Client, RequestError
+from diptych.client.results import Piece
 from tests.cli.command import diptych
 from tests.plugins.checkpoints import make_qwen2_audio, make_video_llava
 from tests.tiny_checkpoint import encoded, make_checkpoint, picture
@@ -270,3 +273,14 @@ def test_a_boot_error_is_the_last_word(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "config.json" in done.stderr
     assert "never retrieved" not in done.stderr
+
+
+def test_an_error_after_some_text_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def stream(*_: object, **__: object) -> Iterator[Piece]:
+        yield Piece("half an", (5,), (), None)
+        raise RequestError("UNAVAILABLE", "the executor went away", {})
+
+    monkeypatch.setattr(Client, "stream", stream)
+    code, output, error = call(capsys, "generate", "--address", "127.0.0.1:1", "--prompt", "x")
+    assert (code, output) == (1, "half an\n")
+    assert error.startswith("UNAVAILABLE: the executor went away")
