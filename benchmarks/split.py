@@ -8,8 +8,8 @@ The preprocess service has half of the cores to itself, everything else the othe
 a kernel may run threads that sleep often on one core, and so both services, however idle the others are. With
 `--real-time` nothing is kept apart, and the scheduler gives every thread that wakes up an idle core.
 
-The model's work is fifty times the difference and varies by as much, from request to request and from process to
-process. So the difference is also told outside of prefill, and the same is measured without a model: the services with
+On a CPU the model's work is fifty times the difference and varies by as much, from request to request and from process
+to process. So the difference is also told outside of prefill, and the same is measured without a model: the services with
 a stand-in engine, against plan, decode and map. There the caches of the processor are warm.
 """
 
@@ -49,6 +49,7 @@ DEMO_MODEL = Path(__file__).parent.parent / "demo" / "model"
 QUESTION = "What does the picture show?"
 TARGET_MS = 3.0
 PAUSE_SECONDS = 0.005
+GPU_SHARE = 0.3
 STAGES = ("plan", "decode_media", "map", "transfer", "queue", "prefill")
 
 
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=DEMO_MODEL, help="checkpoint directory")
     parser.add_argument("--pairs", type=int, default=300, help="interleaved pairs (default 300)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of every arm (default 1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of both arms' model (default cpu)")
     parser.add_argument("--real-time", action="store_true", help="real-time priority on all cores (needs privileges)")
     options = parser.parse_args(argv)
     if options.real_time:
@@ -66,10 +68,11 @@ def main(argv: list[str] | None = None) -> int:
     if options.quick:
         options.pairs = 3
     load_before = os.getloadavg()[0]
-    with two_services(EXECUTOR, options) as service:
-        figures = report("demo model", measure(Direct(options.model), service.address, options.pairs))
+    settings = engine_settings(options)
+    with two_services(EXECUTOR, options, settings) as service:
+        figures = report("demo model", measure(Direct(options.model, settings), service.address, options.pairs))
     os.environ[QUIET_VARIABLE] = "0"
-    with two_services(STAND_IN_EXECUTOR, options) as service:
+    with two_services(STAND_IN_EXECUTOR, options, {}) as service:
         pairs = measure(WithoutModel(options.model), service.address, options.pairs)
         figures["without_a_model"] = report("no model", pairs)
     if not options.quick:
@@ -78,16 +81,25 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def engine_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Of both arms' engines beside the model; they share the memory of a GPU."""
+    on_gpu = {"gpu_memory_utilization": GPU_SHARE} if options.device == "cuda" else {}
+    return {"device": options.device, **on_gpu}
+
+
 @contextlib.contextmanager
-def two_services(executor_module: tuple[str, ...], options: argparse.Namespace) -> Iterator[Service]:
+def two_services(
+    executor_module: tuple[str, ...], options: argparse.Namespace, settings: dict[str, Any]
+) -> Iterator[Service]:
     """The preprocess service in front of an executor; what runs in the block has the executor's cores."""
     cores = sorted(os.sched_getaffinity(0))
     half = 0 if options.real_time else len(cores) // 2
     ours, preprocess = cores[half:], cores[:half] or cores
     flags = ("--model", str(options.model))
+    engine_flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     try:
         os.sched_setaffinity(0, ours)
-        with started(executor_module, *flags) as executor:
+        with started(executor_module, *flags, *engine_flags) as executor:
             os.sched_setaffinity(0, preprocess)  # which a process that is started inherits
             with started(PREPROCESS, *flags, "--executor", executor.address) as service:
                 os.sched_setaffinity(0, ours)
@@ -170,8 +182,8 @@ class WithoutModel:
 class Direct(WithoutModel):
     """All of the work in this process."""
 
-    def __init__(self, model: Path) -> None:
-        booted = boot(ExecutorSettings(model=model).engine_config, lambda progress: None)
+    def __init__(self, model: Path, settings: dict[str, Any]) -> None:
+        booted = boot(ExecutorSettings(model=model, **settings).engine_config, lambda progress: None)
         self._engine, self._max_model_len = booted.engine, booted.report.max_model_len
         super().__init__(model, self._max_model_len)
         self._number = 0

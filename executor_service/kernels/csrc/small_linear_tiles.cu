@@ -242,13 +242,31 @@ template <typename T, int kRows, bool kGated> struct Product {
         }
     }
 
+    // A warpgroup whose 64 rows of the tile are beyond the range: products of what is there would cost power that the
+    // others' clock needs.
+    __device__ void pass_over() {
+#pragma unroll 1
+        for (int i = 0; i < arguments.steps; ++i) {
+            wait_for_phase(inputs.full_here(), inputs.parity);
+            wait_for_phase(weights.full_here(), weights.parity);
+            give_back(weights.empty_here(), inputs.empty_here());
+            weights.advance();
+            inputs.advance();
+        }
+    }
+
     __device__ void consume() {
+        const int half = group() * (kUnits / 2);
         for (int tile = begin; tile < end; tile += kUnits) {
+            if (tile + half >= end) {
+                pass_over();
+                continue;
+            }
             const int first = tile + threadIdx.x / 32 * kWarpUnits;
             Chunks residual;
             if (!kGated) fetch_residual(residual, first);
             multiply();
-            exchange.add_up(own, sums, tile + kUnits >= end);
+            exchange.add_up(own, sums, tile + half + kUnits >= end);
             if constexpr (kGated) put_gated(first);
             else put_plain(residual, first);
         }
