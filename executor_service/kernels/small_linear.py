@@ -31,16 +31,12 @@ from executor_service.kernels.cuda.module import (
 from executor_service.kernels.library import define_op
 from executor_service.kernels.small_linear_tiles import Shape
 
-MAX_ROWS: Final = {0.0: small_linear_tiles.MOST_ROWS, 4e12: 96}
-"""Up to where it is ahead of cuBLAS, by the rate of the GPU's memory (docs/notes/small_linear.md).
-
-Memory that is faster for as many multiprocessors leaves them less time for each weight: on an H200 many rows take
-longer than their weights.
-"""
+MAX_ROWS: Final = small_linear_tiles.MOST_ROWS
+"""Up to where it is ahead of cuBLAS (docs/notes/small_linear.md)."""
 _FEW_ROWS: Final = 16
 """That x stays in registers for."""
 FEWEST_ROWS: Final = {0.0: 2, 4e12: 0}
-"""For which that is faster than tiles of a product for 16, by the rate of the memory, too."""
+"""For which that is faster than tiles of a product for 16, by the rate of the GPU's memory."""
 _MIN_ELEMENTS: Final = 1 << 20
 """Of a weight that is worth a kernel of its own."""
 _COLUMNS: Final = 32
@@ -77,7 +73,7 @@ def takes(rows: int, weight: Tensor) -> bool:
     """Whether the product of so many rows of x with this weight is faster here than in cuBLAS."""
     if weight.numel() < _MIN_ELEMENTS or not weight.is_cuda or not weight.is_contiguous():
         return False
-    if rows > max_rows(weight.device.index):
+    if rows > MAX_ROWS:
         return False
     if _streams(rows, weight):
         return True
@@ -87,21 +83,10 @@ def takes(rows: int, weight: Tensor) -> bool:
 
 
 @cache
-def max_rows(device: int) -> int:
-    """That `takes` takes on this GPU, if anything."""
-    return _of_rate(MAX_ROWS, device)
-
-
-@cache
 def fewest_rows(device: int) -> int:
     """Up to which tiles leave products to the variant for a few rows, where there are both."""
-    return _of_rate(FEWEST_ROWS, device)
-
-
-def _of_rate(rows: dict[float, int], device: int) -> int:
-    """What is said of the fastest memory that is no faster than this GPU's."""
     rate = memory_rate(device)
-    return rows[max(least for least in rows if least <= rate)]
+    return FEWEST_ROWS[max(least for least in FEWEST_ROWS if least <= rate)]
 
 
 def _streams(rows: int, weight: Tensor) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -17,23 +17,24 @@ from executor_service.kernels.cuda.tensor_map import tensor_map
 MOST_ROWS: Final = 128
 _ROWS: Final = (16, 32, 64, 96, 128)
 """That kernels are compiled for."""
-_TILE_ROWS: Final = 128
 _COLUMNS: Final = 64
-_TILE_BYTES: Final = _TILE_ROWS * _COLUMNS * 2
-_WARPS: Final = 8
-_THREADS: Final = 32 * (_WARPS + 2)
+_STAGES: Final = 12
+"""At most: more are filled before the first x has come, and x waits for as long."""
 _X_STAGES: Final = 8
 """Or as many as there are of weights: the copy engine brings x behind all the weights that were asked for before it."""
-_MOST_X_STAGES: Final = 3
-"""Of so many rows that weights need the room more."""
 SPLITS: Final = 2
 """Blocks of a cluster: each has so many columns of its tiles."""
-_AHEAD_BYTES: Final = 112 * 1024
-"""Of weights and x on their way to a block at a time: memory needs no more, and x stands behind the weights."""
-_SCRATCH_BYTES: Final = 512 * _WARPS + 16 * _WARPS + 1024
-"""Beside the rings and other blocks' sums: to turn elements, barriers, and what aligning takes."""
+_AHEAD_WEIGHT_BYTES: Final = 96 * 1024
+"""Of weights on their way to a block at a time: memory needs no more, and x stands behind them."""
+_AHEAD_BYTES: Final = 144 * 1024
+"""With the x that goes with them."""
+_WARP_BYTES: Final = 512 + 16
+"""Of each that multiplies: to turn elements, and barriers."""
+_ALIGNING_BYTES: Final = 1024
 SHARED_BYTES: Final = 224 * 1024
 """Of every block: one fits on a multiprocessor and small kernels' beside it, and the next kernel's takes its place."""
+_TYPES: Final = (*[BY_VALUE] * 3, *[POINTER] * 3, *[INT] * 8)
+"""Maps of whole tiles, of a range's last and of x; bias, residual, out; numbers."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,49 @@ class Shape:
     device: int
 
     @property
-    def units(self) -> int:
-        """Features of a tile."""
-        return _TILE_ROWS // 2 if self.kind == "gated" else _TILE_ROWS
+    def rows_each(self) -> int:
+        """Of the weight for a feature: gate and up."""
+        return 2 if self.kind == "gated" else 1
 
     @property
     def compiled_rows(self) -> int:
         """Of the kernel that has it."""
         return next(rows for rows in _ROWS if rows >= self.rows)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a block multiplies at a time: 64 rows of the weight for each warpgroup."""
+
+    shape: Shape
+    range: int
+    """Features of a cluster."""
+
+    @property
+    def num_warpgroups(self) -> int:
+        """More where it saves a tile: each reads all of x again, which is as much as the weights of many rows."""
+        is_one_tile = self.range <= 128 and self.shape.kind == "plain"
+        return 2 if self.shape.compiled_rows <= 64 or is_one_tile else 3
+
+    @property
+    def features(self) -> int:
+        """Of a whole tile."""
+        return 64 * self.num_warpgroups // self.shape.rows_each
+
+    @property
+    def rest(self) -> int:
+        """Features of the range's last tile."""
+        return self.range % self.features or self.features
+
+    @property
+    def stage_bytes(self) -> int:
+        """Of 64 columns of the weight."""
+        return min(self.range, self.features) * self.shape.rows_each * _COLUMNS * 2
+
+    @property
+    def x_stage_bytes(self) -> int:
+        """Of 64 columns of x."""
+        return 8 * ceil(self.shape.rows / 8) * _COLUMNS * 2
 
 
 def takes(shape: Shape) -> bool:
@@ -77,22 +113,30 @@ def _is_hopper(device: int) -> bool:
 @cache
 def launcher(shape: Shape) -> Callable[..., None]:
     """Takes x, weight, bias, residual, out; of bias and residual 0 where there is none."""
-    types = (*[BY_VALUE] * 3, *[POINTER] * 3, *[INT] * 7)
-    name = f"small_linear_tiles_{dtype_name(shape.dtype)}_{shape.kind}_{shape.compiled_rows}"
-    launch = kernel("small_linear_tiles", name, types, SHARED_BYTES, SPLITS, is_dependent=True)
-    clusters, units = division(shape.features, _most_clusters(name, types))
-    rest = units % shape.units or min(units, shape.units)
+    clusters, features = division(shape.features, _most_clusters(shape))
+    tile = Tile(shape, features)
+    launch = kernel("small_linear_tiles", _name(tile), _TYPES, SHARED_BYTES, SPLITS, is_dependent=True)
     steps = ceil(shape.width / (_COLUMNS * SPLITS))
-    num_x_stages, num_stages = stages(shape)
-    num_ahead = steps_ahead(shape, min(units, shape.units), num_stages)
-    numbers = shape.rows, shape.features, units, steps, num_stages, num_x_stages, num_ahead
+    num_x_stages, num_stages = stages(tile)
+    num_ahead = steps_ahead(tile, num_stages)
+    numbers = shape.rows, shape.features, features, steps, tile.stage_bytes, num_stages, num_x_stages, num_ahead
+    grid, threads, boxes = (clusters * SPLITS,), _threads(tile), (tile.features, tile.rest)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | int, residual: Tensor | int, out: Tensor) -> None:
-        address = weight.data_ptr()
-        maps = _weight_map(shape, address, shape.units), _weight_map(shape, address, rest), _x_map(shape, x.data_ptr())
-        launch((clusters * SPLITS,), _THREADS, *maps, bias, residual, out, *numbers)
+        weight_maps = (_weight_map(shape, weight.data_ptr(), box) for box in boxes)
+        launch(grid, threads, *weight_maps, _x_map(shape, x.data_ptr()), bias, residual, out, *numbers)
 
     return run
+
+
+def _name(tile: Tile) -> str:
+    shape = tile.shape
+    return f"small_linear_tiles_{dtype_name(shape.dtype)}_{shape.kind}_{shape.compiled_rows}_{tile.num_warpgroups}"
+
+
+def _threads(tile: Tile) -> int:
+    """Of a block: warps that multiply, and two that ask for copies."""
+    return 32 * (4 * tile.num_warpgroups + 2)
 
 
 def division(features: int, most_clusters: int) -> tuple[int, int]:
@@ -101,35 +145,34 @@ def division(features: int, most_clusters: int) -> tuple[int, int]:
     return ceil(features / units), units
 
 
-def _most_clusters(name: str, types: tuple[Any, ...]) -> int:
+def _most_clusters(shape: Shape) -> int:
     """That run at the same time: a cluster lies within one part of the GPU, and not every part holds whole ones."""
     from cuda.bindings import driver
 
-    alone = kernel("small_linear_tiles", name, types, SHARED_BYTES, SPLITS)
+    tile = Tile(shape, range=8)
+    alone = kernel("small_linear_tiles", _name(tile), _TYPES, SHARED_BYTES, SPLITS)
     config = alone.config
-    config.gridDimX, config.gridDimY, config.gridDimZ, config.blockDimX = 1024 * SPLITS, 1, 1, _THREADS
+    config.gridDimX, config.gridDimY, config.gridDimZ, config.blockDimX = 1024 * SPLITS, 1, 1, _threads(tile)
     status, count = driver.cuOccupancyMaxActiveClusters(alone.function, config)
     if status.value or not count:
         raise RuntimeError(f"no cluster of {SPLITS} blocks fits on the GPU: {status.name}")
     return int(count)
 
 
-def stages(shape: Shape) -> tuple[int, int]:
-    """Stages of x and tiles of weights that fit beside other blocks' sums, with two barriers of 8 bytes each."""
-    own_groups = ceil(shape.compiled_rows / (8 * SPLITS))
-    sums_bytes = _WARPS * (SPLITS - 1) * min(own_groups, 2) * 512
-    x_bytes, tile_bytes = 8 * ceil(shape.rows / 8) * _COLUMNS * 2 + 16, _TILE_BYTES + 16
-    room = SHARED_BYTES - _SCRATCH_BYTES - sums_bytes
-    most = _MOST_X_STAGES if shape.compiled_rows == MOST_ROWS else _X_STAGES
-    num_x_stages = min(most, room // (x_bytes + tile_bytes))
-    return num_x_stages, (room - num_x_stages * x_bytes) // tile_bytes
+def stages(tile: Tile) -> tuple[int, int]:
+    """Stages of x and of weights that fit beside other blocks' sums, with two barriers of 8 bytes each."""
+    own_groups, warps = ceil(tile.shape.compiled_rows / (8 * SPLITS)), 4 * tile.num_warpgroups
+    sums_bytes = warps * (SPLITS - 1) * min(own_groups, 2) * 512
+    x_bytes, weight_bytes = tile.x_stage_bytes + 16, tile.stage_bytes + 16
+    room = SHARED_BYTES - _ALIGNING_BYTES - _WARP_BYTES * warps - sums_bytes
+    num_x_stages = min(_X_STAGES, room // (x_bytes + weight_bytes))
+    return num_x_stages, min(_STAGES, (room - num_x_stages * x_bytes) // weight_bytes)
 
 
-def steps_ahead(shape: Shape, units: int, num_stages: int) -> int:
-    """Whose weights are on their way at a time, of tiles of `units` features; not more than there are stages."""
-    weight_rows = units * _TILE_ROWS // shape.units
-    step_bytes = (weight_rows + 8 * ceil(shape.rows / 8)) * _COLUMNS * 2
-    return max(1, min(num_stages, _AHEAD_BYTES // step_bytes))
+def steps_ahead(tile: Tile, num_stages: int) -> int:
+    """Whose weights are on their way at a time, at least one; not more than there are stages."""
+    with_x = _AHEAD_BYTES // (tile.stage_bytes + tile.x_stage_bytes)
+    return min(num_stages, with_x, _AHEAD_WEIGHT_BYTES // tile.stage_bytes)
 
 
 def _weight_map(shape: Shape, address: int, units: int) -> object:

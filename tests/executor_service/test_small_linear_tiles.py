@@ -15,6 +15,7 @@ from executor_service.kernels.small_linear_tiles import (
     SHARED_BYTES,
     SPLITS,
     Shape,
+    Tile,
     division,
     stages,
     steps_ahead,
@@ -36,27 +37,59 @@ def test_decoders_are_divided_evenly() -> None:
         assert division(features, 66)[1] <= 1.04 * features / 66
 
 
+KINDS = pytest.mark.parametrize("kind", ["plain", "gated"])
+RANGES = (8, 64, 96, 128, 136, 192, 200, 448)
+
+
+def tiles(kind: str, rows: int) -> list[Tile]:
+    """Of ranges shorter than a tile, as long and longer."""
+    shape = Shape(kind, rows, 4096, 4096, torch.bfloat16, 0)
+    return [Tile(shape, features) for features in RANGES]
+
+
+@KINDS
 @pytest.mark.parametrize("rows", range(1, MOST_ROWS + 1))
-def test_rings_fit_and_hold_enough(rows: int) -> None:
-    shape = Shape("plain", rows, 4096, 4096, torch.bfloat16, 0)
-    num_x_stages, num_stages = stages(shape)
-    barriers = 16 * (num_x_stages + num_stages + 8)
-    others_sums = 8 * (SPLITS - 1) * min(2, ceil(shape.compiled_rows / (8 * SPLITS))) * 512
-    bytes_used = num_x_stages * ceil(rows / 8) * 1024 + num_stages * 128 * 128 + others_sums + 8 * 512 + barriers
-    assert 1023 + bytes_used <= SHARED_BYTES
-    assert num_stages >= 7
+def test_a_tile_is_64_rows_of_the_weight_for_each_warpgroup(rows: int, kind: str) -> None:
+    for tile in tiles(kind, rows):
+        each = 2 if kind == "gated" else 1
+        assert tile.features * each == 64 * tile.num_warpgroups
+        assert tile.stage_bytes == min(tile.range * each, 64 * tile.num_warpgroups) * 128
+        assert 0 < tile.rest <= tile.features
+        assert (tile.range - tile.rest) % tile.features == 0
 
 
-@pytest.mark.parametrize("kind", ["plain", "gated"])
+@pytest.mark.parametrize(
+    ("rows", "features", "num_warpgroups"), [(64, 192, 2), (65, 128, 2), (65, 136, 3), (128, 192, 3)]
+)
+def test_many_rows_of_x_are_read_for_fewer_tiles(rows: int, features: int, num_warpgroups: int) -> None:
+    assert Tile(Shape("plain", rows, 4096, 4096, torch.bfloat16, 0), features).num_warpgroups == num_warpgroups
+
+
+@KINDS
+@pytest.mark.parametrize("rows", range(1, MOST_ROWS + 1))
+def test_rings_fit_and_hold_enough(rows: int, kind: str) -> None:
+    """Behind the rings there is as much as a warpgroup reads beyond a copy of eight rows."""
+    for tile in tiles(kind, rows):
+        num_x_stages, num_stages = stages(tile)
+        warps = 4 * tile.num_warpgroups
+        barriers = 16 * (num_x_stages + num_stages + warps)
+        others_sums = warps * (SPLITS - 1) * min(2, ceil(tile.shape.compiled_rows / (8 * SPLITS))) * 512
+        rings = num_x_stages * ceil(rows / 8) * 1024 + num_stages * tile.stage_bytes
+        assert 1023 + rings + others_sums + warps * 512 + barriers <= SHARED_BYTES
+        assert others_sums + warps * 512 >= 56 * 128
+        assert num_stages >= num_x_stages >= 5
+
+
+@KINDS
 @pytest.mark.parametrize("rows", range(1, MOST_ROWS + 1))
 def test_copies_run_ahead_but_not_around_the_ring(rows: int, kind: str) -> None:
     """Who waits for a copy that is further back than the ring is long waits for ever."""
-    shape = Shape(kind, rows, 4096, 4096, torch.bfloat16, 0)
-    _, num_stages = stages(shape)
-    for units in range(8, shape.units + 1, 8):
-        ahead = steps_ahead(shape, units, num_stages)
+    for tile in tiles(kind, rows):
+        _, num_stages = stages(tile)
+        ahead = steps_ahead(tile, num_stages)
         assert 3 <= ahead <= num_stages
-        assert ahead * (units * 128 // shape.units + rows) * 128 <= 112 * 1024
+        assert ahead * tile.stage_bytes <= 96 * 1024
+        assert ahead * (tile.stage_bytes + rows * 128) <= 144 * 1024
 
 
 @needs_compiler

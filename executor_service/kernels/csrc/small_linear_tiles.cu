@@ -1,10 +1,10 @@
 // x @ weight^T for up to 128 rows of x on Hopper: the weights stream once from memory to the tensor cores.
 //
-// A tile is 128 rows of the weight, the left operand of wgmma; the rows of x are its columns. Each cluster of two
+// A tile is 64 rows of the weight for each warpgroup, the left operand of wgmma; the rows of x are its columns. Each cluster of two
 // blocks has an equal range of rows of the weight, each block half of the columns; behind a tile's last column they
 // add up through each other's shared memory (small_linear_tiles.cuh). In a block one warp asks for weights, 64 columns
-// of a tile at a time, into a ring in shared memory, one for x into a ring of its own, and two warpgroups have 64 rows
-// of the tile each. Which columns a block has depends on their number alone, so a row's result depends neither on the
+// of a tile at a time, into a ring in shared memory, one for x into a ring of its own, and two or three warpgroups have
+// 64 rows of the tile each. Which columns a block has depends on their number alone, so a row's result depends neither on the
 // other rows nor on how many there are.
 //
 // A block takes nearly all shared memory, so the next kernel's takes its place the moment it ends, and fills its ring
@@ -14,23 +14,21 @@
 
 namespace {
 
-constexpr int kConsumers = 8;
-constexpr int kThreads = 32 * (kConsumers + 2);
 
 struct Arguments {
     const TensorMap *weight_map, *rest_map, *x_map;  // of whole tiles, of what a range has beyond them
     const void *bias, *residual;
     void* out;
     int rows, features, range, steps;  // features of a cluster, steps of a block and tile
+    int stage_bytes;                   // of weights
     int num_stages, num_x_stages, num_ahead;  // of weights and of x, of weights that are on their way at a time
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-constexpr int kTileRows = 128;
 constexpr int kColumns = 64;
 constexpr int kRowBytes = 2 * kColumns;
-constexpr int kTileBytes = kTileRows * kRowBytes;
+constexpr int kGroupBytes = 64 * kRowBytes;  // a warpgroup's part of a stage of weights
 constexpr int kScratchBytes = 512;  // of each consumer, to turn 32 x 8 elements
 
 // Two elements, the first in the lower half.
@@ -65,7 +63,8 @@ __device__ __forceinline__ void turn_to_parts(unsigned (&parts)[4], const unsign
                  : "=r"(parts[0]), "=r"(parts[1]), "=r"(parts[2]), "=r"(parts[3]) : "r"(at) : "memory");
 }
 
-template <typename T, int kRows, bool kGated> struct Product {
+template <typename T, int kRows, int kGroups, bool kGated> struct Product {
+    static constexpr int kConsumers = 4 * kGroups, kTileRows = 64 * kGroups;
     static constexpr int kUnits = kGated ? kTileRows / 2 : kTileRows;
     using Sums = Exchange<kRows / 8>;
     // A warp has 16 rows of the tile: 16 features, or 8 and what they gate. It stores four matrices of 8 features x 8
@@ -142,13 +141,13 @@ template <typename T, int kRows, bool kGated> struct Product {
 
     // The tensor cores have a step's products to go on with while the next stages are waited for.
     __device__ void multiply() {
-        const unsigned half = group() * (kTileBytes / 2);
+        const unsigned part = group() * kGroupBytes;
         unsigned weights_before = 0, inputs_before = 0;
 #pragma unroll 1
         for (int i = 0; i < arguments.steps; ++i) {
             wait_for_phase(inputs.full_here(), inputs.parity);
             wait_for_phase(weights.full_here(), weights.parity);
-            const unsigned long long a = descriptor(weights.here() + half), b = descriptor(inputs.here());
+            const unsigned long long a = descriptor(weights.here() + part), b = descriptor(inputs.here());
             begin_products();
 #pragma unroll
             for (int k = 0; k < kColumns / 16; ++k) multiply_shared(T(), sums, a + 2 * k, b + 2 * k, i > 0 || k > 0);
@@ -256,9 +255,9 @@ template <typename T, int kRows, bool kGated> struct Product {
     }
 
     __device__ void consume() {
-        const int half = group() * (kUnits / 2);
+        const int part = group() * (kUnits / kGroups);
         for (int tile = begin; tile < end; tile += kUnits) {
-            if (tile + half >= end) {
+            if (tile + part >= end) {
                 pass_over();
                 continue;
             }
@@ -266,7 +265,7 @@ template <typename T, int kRows, bool kGated> struct Product {
             Chunks residual;
             if (!kGated) fetch_residual(residual, first);
             multiply();
-            exchange.add_up(own, sums, tile + half + kUnits >= end);
+            exchange.add_up(own, sums, tile + part + kUnits >= end);
             if constexpr (kGated) put_gated(first);
             else put_plain(residual, first);
         }
@@ -275,19 +274,21 @@ template <typename T, int kRows, bool kGated> struct Product {
 
 // Shared memory: stages of x, then of weights, sums of other blocks, the consumers' scratch, barriers. So what a
 // product reads beyond the rows that a copy has brought is shared memory, too; what becomes of it is not stored.
-template <typename T, int kRows, bool kGated> __device__ __forceinline__ void run(const Arguments& arguments) {
+template <typename T, int kRows, int kGroups, bool kGated>
+__device__ __forceinline__ void run(const Arguments& arguments) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    using Work = Product<T, kRows, kGated>;
+    using Work = Product<T, kRows, kGroups, kGated>;
     using Sums = typename Work::Sums;
+    constexpr int kConsumers = Work::kConsumers;
     let_next_begin();
     const int warp = threadIdx.x / 32, num_groups = (arguments.rows + 7) / 8;
     const unsigned base = (shared_address(shared) + 1023) / 1024 * 1024, x_bytes = num_groups * 8 * kRowBytes;
-    const unsigned tiles = base + arguments.num_x_stages * x_bytes, sums = tiles + arguments.num_stages * kTileBytes;
+    const unsigned tiles = base + arguments.num_x_stages * x_bytes, sums = tiles + arguments.num_stages * arguments.stage_bytes;
     const unsigned scratch = sums + kConsumers * Sums::kBytes, full = scratch + kConsumers * kScratchBytes;
     const unsigned empty = full + 8 * arguments.num_stages, x_full = empty + 8 * arguments.num_stages;
     const unsigned x_empty = x_full + 8 * arguments.num_x_stages, sums_full = x_empty + 8 * arguments.num_x_stages;
     const unsigned sums_empty = sums_full + 8 * kConsumers;
-    const Ring weights{tiles, kTileBytes, full, empty, arguments.num_stages, 0, 0};
+    const Ring weights{tiles, static_cast<unsigned>(arguments.stage_bytes), full, empty, arguments.num_stages, 0, 0};
     const Ring inputs{base, x_bytes, x_full, x_empty, arguments.num_x_stages, 0, 0};
     if (warp == kConsumers && elect()) {
         bring_near(arguments.weight_map);
@@ -328,27 +329,32 @@ template <typename T, int kRows, bool kGated> __device__ __forceinline__ void ru
 }  // namespace
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define RUN(T, ROWS, GATED)                                                                                    \
-    run<T, ROWS, GATED>({&weight_map, &rest_map, &x_map, bias, residual, out, rows, features, range, steps,        \
-                         num_stages, num_x_stages, num_ahead})
+#define RUN(T, ROWS, GROUPS, GATED)                                                                                \
+    run<T, ROWS, GROUPS, GATED>({&weight_map, &rest_map, &x_map, bias, residual, out, rows, features, range, steps, \
+                                 stage_bytes, num_stages, num_x_stages, num_ahead})
 #else
-#define RUN(T, ROWS, GATED) __trap()
+#define RUN(T, ROWS, GROUPS, GATED) __trap()
 #endif
-#define KERNEL(NAME, T, KIND, GATED, ROWS)                                                                         \
-    extern "C" __global__ void __launch_bounds__(kThreads, 1) small_linear_tiles_##NAME##_##KIND##_##ROWS(         \
+#define KERNEL(NAME, T, KIND, GATED, ROWS, GROUPS)                                                                 \
+    extern "C" __global__ void __launch_bounds__(32 * (4 * GROUPS + 2), 1)                                         \
+    small_linear_tiles_##NAME##_##KIND##_##ROWS##_##GROUPS(                                                        \
         const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap rest_map,                  \
         const __grid_constant__ TensorMap x_map, const void* bias, const void* residual, void* out, int rows,      \
-        int features, int range, int steps, int num_stages, int num_x_stages, int num_ahead) {                     \
-        RUN(T, ROWS, GATED);                                                                                       \
+        int features, int range, int steps, int stage_bytes, int num_stages, int num_x_stages, int num_ahead) {    \
+        RUN(T, ROWS, GROUPS, GATED);                                                                               \
     }
-#define KINDS(NAME, T, ROWS)            \
-    KERNEL(NAME, T, plain, false, ROWS) \
-    KERNEL(NAME, T, gated, true, ROWS)
+#define FEW_ROWS(NAME, T, ROWS)            \
+    KERNEL(NAME, T, plain, false, ROWS, 2) \
+    KERNEL(NAME, T, gated, true, ROWS, 2)
+#define MANY_ROWS(NAME, T, ROWS)           \
+    KERNEL(NAME, T, plain, false, ROWS, 2) \
+    KERNEL(NAME, T, plain, false, ROWS, 3) \
+    KERNEL(NAME, T, gated, true, ROWS, 3)
 #define KERNELS(NAME, T)   \
-    KINDS(NAME, T, 16)     \
-    KINDS(NAME, T, 32)     \
-    KINDS(NAME, T, 64)     \
-    KINDS(NAME, T, 96)     \
-    KINDS(NAME, T, 128)
+    FEW_ROWS(NAME, T, 16)  \
+    FEW_ROWS(NAME, T, 32)  \
+    FEW_ROWS(NAME, T, 64)  \
+    MANY_ROWS(NAME, T, 96) \
+    MANY_ROWS(NAME, T, 128)
 KERNELS(float16, float16)
 KERNELS(bfloat16, bfloat16)

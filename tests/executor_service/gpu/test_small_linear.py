@@ -15,7 +15,7 @@ from torch import Tensor
 
 from executor_service.kernels import small_linear as module
 from executor_service.kernels.silu_mul import silu_mul
-from executor_service.kernels.small_linear import max_rows, small_linear, small_linear_silu_mul, takes
+from executor_service.kernels.small_linear import MAX_ROWS, small_linear, small_linear_silu_mul, takes
 from executor_service.kernels.small_linear_tiles import MOST_ROWS
 from tests.executor_service.gpu.tensors import DTYPES, ERRORS, SEEDS, close, poison, random
 
@@ -82,9 +82,21 @@ def test_large(shape: tuple[int, int], dtype: torch.dtype) -> None:
     expected = (everything.float() @ weight.float().T).double()
     torch.cuda.synchronize()
     for rows in (1, 2, 7, 8, 9, 16, 17, 24, 32, 33, 64, 65, 96, 97, MOST_ROWS):
-        assert takes(rows, weight) == (rows <= max_rows(0))
+        assert takes(rows, weight) == (rows <= MAX_ROWS)
         poison()
         close(small_linear(everything[:rows], weight, None, residual[:rows]), expected[:rows] + residual[:rows])
+
+
+@pytest.mark.parametrize("shape", [(11008, 4096), (14336, 4096), (2816, 1024)])
+def test_large_gated(shape: tuple[int, int]) -> None:
+    """A decoder's own sizes of gate and up."""
+    inner, width = shape
+    x, gate_up = inputs(MOST_ROWS, 2 * inner, width, torch.bfloat16, 4)
+    gate, up = (x.float() @ gate_up.float().T).double().chunk(2, dim=-1)
+    expected = gate / (1 + (-gate).exp()) * up
+    for rows in (1, 16, 17, 33, 64, 65, 96, 97, MOST_ROWS):
+        poison()
+        close(small_linear_silu_mul(x[:rows], gate_up), expected[:rows])
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -123,10 +135,14 @@ def test_a_row_of_the_weight_does_not_spoil_others() -> None:
     assert not got[:, 500].isfinite().any()
 
 
+@pytest.mark.parametrize("features", [1 << 18, 66 * (20 * 192 + 64), 66 * (30 * 128 + 64)])
 @pytest.mark.parametrize("rows", [5, 8, 16, 17, 33, 40, 65, 72, 97])
-def test_blocks_of_a_cluster_drift_apart(rows: int) -> None:
-    """Hundreds of tiles each, of few columns: nobody waits for ever, where some have no rows to add up, too."""
-    x, weight = inputs(rows, 1 << 18, 128, torch.bfloat16, 3)
+def test_blocks_of_a_cluster_drift_apart(rows: int, features: int) -> None:
+    """Dozens of tiles each, of few columns: nobody waits for ever, where some have no rows to add up, too.
+
+    Among 66 clusters only a warpgroup has a part of the last tile of some of them.
+    """
+    x, weight = inputs(rows, features, 128, torch.bfloat16, 3)
     expected = (x.float() @ weight.float().T).double()
     for _ in range(20):
         got = small_linear(x, weight)
