@@ -9,8 +9,8 @@ a kernel may run threads that sleep often on one core, and so both services, how
 `--real-time` nothing is kept apart, and the scheduler gives every thread that wakes up an idle core.
 
 On a CPU the model's work is fifty times the difference and varies by as much, from request to request and from process
-to process. So the difference is also told outside of prefill, and the same is measured without a model: the services with
-a stand-in engine, against plan, decode and map. There the caches of the processor are warm.
+to process. So the difference is also told outside of prefill, and the same is measured without a model: the services
+with a stand-in engine, against plan, decode and map. There the caches of the processor are warm.
 """
 
 from __future__ import annotations

@@ -7,8 +7,10 @@ import importlib
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
+from diptych.service.background import in_background
 from diptych.service.errors import UnavailableError
 from diptych.service.lifecycle import GrpcFrame
 from diptych.service.settings import describe
@@ -81,7 +83,7 @@ class ExecutorServer:
         add_to_server(ExecutorServicer(front, settings.model_name), self._frame.server)
         self._address = await self._frame.start()
         # Reading the checkpoint imports what the engine imports meanwhile; the loop has the engine to listen to.
-        await front.start(await asyncio.to_thread(_bind_family, settings))
+        await front.start(await in_background(partial(_bind_family, settings)))
         self._log_ledger(front)
         await self._frame.set_serving(True)
         front.boot_log.end(self._began)

@@ -21,7 +21,6 @@ MAX_STOP_LENGTH: Final = 256
 MAX_BAD_WORDS: Final = 128
 MAX_BAD_WORD_LENGTH: Final = 128
 """Characters. A word of that length, all of them four bytes long, still fits a token sequence's limit."""
-MAX_REQUEST_ID_LENGTH: Final = 128
 _NUM_ITEMS_LOOKED_AT: Final = 64
 """So many items are always told apart by modality, for the error that names the modality's own limit."""
 

@@ -21,6 +21,7 @@ from diptych.service.errors import (
     OverloadedError,
     UnavailableError,
 )
+from diptych.service.request_ids import check_request_id
 from diptych.service.sampling import check_sampling
 from diptych.service.telemetry import stage
 from diptych.wire.framing import split_tensor, tensor_bytes
@@ -30,7 +31,7 @@ from preprocess_service.executor_client import Completed, Executor, ExecutorPool
 from preprocess_service.executor_client.messages import make_start
 from preprocess_service.executor_client.request import MissingItems, PromptScores
 from preprocess_service.fan_out import fan_out, nth_call
-from preprocess_service.limits import MAX_REQUEST_ID_LENGTH, check_count, check_text_size, num_text_bytes
+from preprocess_service.limits import check_text_size, num_text_bytes
 from preprocess_service.media.decode import MediaWorkers
 from preprocess_service.planning import Checkpoint, Planner
 from preprocess_service.requests import (
@@ -256,7 +257,7 @@ class Pipeline:
 def check_call(call: GenerateCall, vocab_size: int) -> None:
     """What can be refused without looking at the input."""
     check_sampling(call.sampling, vocab_size=vocab_size)
-    check_count("request_id has {} characters", len(call.request_id), MAX_REQUEST_ID_LENGTH)
+    check_request_id(call.request_id)
     check_whole(call.input)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from typing import Final
 
+from diptych.service.background import in_background
 from diptych.service.errors import InvalidInputError
 from diptych.service.lifecycle import GrpcFrame
 from diptych.service.settings import describe
@@ -59,7 +60,7 @@ class PreprocessServer:
     async def start(self) -> None:
         """Returns when requests can be answered: it listens and the first compatible executor is found."""
         LOG.info("settings", extra=describe(self._settings))
-        checkpoint = await asyncio.to_thread(self._read_checkpoint)
+        checkpoint = await in_background(self._read_checkpoint)
         servicer = self._assemble(checkpoint)
         add_PreprocessServiceServicer_to_server(servicer, self._frame.server)
         self._address = await self._frame.start()

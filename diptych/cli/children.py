@@ -68,6 +68,7 @@ class Children:
     def __init__(self, grace: float) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._grace = grace
+        self._is_stopping = self._is_hurried = False
         self._processes: dict[str, subprocess.Popen[str]] = {}
 
     def start(self, name: str, arguments: Sequence[str]) -> None:
@@ -88,12 +89,16 @@ class Children:
         threading.Thread(target=self._watch, args=(name, process), daemon=True).start()
 
     def stop(self) -> None:
-        """Stop every child, the last one started first, and wait until each has ended."""
+        """Stop every child, the last one started first, and wait until each has ended.
+
+        A SIGINT meanwhile, while signals are watched, takes what is left of their grace period away.
+        """
+        self._is_stopping = True
         for process in reversed(self._processes.values()):
             if process.poll() is None:
                 process.terminate()
             try:
-                process.wait(self._grace + _KILL_AFTER)
+                process.wait(_KILL_AFTER + (0.0 if self._is_hurried else self._grace))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -112,6 +117,10 @@ class Children:
     def _on_signal(self, number: int, frame: object) -> None:
         # SimpleQueue.put is the one that may be called from a signal handler.
         self.events.put(Signalled(number))
+        if self._is_stopping and number == signal.SIGINT:
+            self._is_hurried = True
+            for process in self._processes.values():
+                process.send_signal(number)
 
     def _watch(self, name: str, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None

@@ -19,11 +19,11 @@ from typing import Any, Final
 
 from diptych.cli.inputs import add_input_arguments, read_input, read_media
 from diptych.cli.output import print_json
+from diptych.cli.peer import preprocess_client
 from diptych.cli.plan import find_placeholders
 from diptych.client.errors import RequestError
 from diptych.client.inputs import GenerateOptions
 from diptych.client.results import Generation, Logprobs
-from diptych.client.sync import Client
 
 OPTION_FLAGS: Final = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs", "prompt_logprobs", "min_tokens",
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def ask(arguments: argparse.Namespace, address: str) -> int:
     """Send the request; print text as it comes, or one JSON object at the end."""
-    with Client(address) as client:
+    with preprocess_client(address) as client:
         prompt = read_input(arguments, find_placeholders(client) if arguments.chat else {})
         generation = Generation()
         try:

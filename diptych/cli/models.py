@@ -11,8 +11,8 @@ import argparse
 from collections.abc import Sequence
 
 from diptych.cli.output import print_json
+from diptych.cli.peer import preprocess_client
 from diptych.client.results import Model
-from diptych.client.sync import Client
 
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
 
 def run(arguments: argparse.Namespace) -> int:
     """Ask and print."""
-    with Client(arguments.address) as client:
+    with preprocess_client(arguments.address) as client:
         models = client.list_models()
     if arguments.json:
         print_json({"models": [_as_json(model) for model in models]})

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from diptych.cli.commands import UsageError
 from diptych.cli.inputs import add_input_arguments, read_input, read_media
 from diptych.cli.output import print_json
+from diptych.cli.peer import preprocess_client
 from diptych.client.errors import RequestError
 from diptych.client.inputs import Chat, Prompt, plan_request
 from diptych.client.results import Item, Plan, plan_from_proto
@@ -74,7 +75,7 @@ def _plan_there(arguments: argparse.Namespace) -> Plan:
     if arguments.limit_mm_per_prompt is not None:
         raise UsageError("--limit-mm-per-prompt goes with --model; a server has its own limits")
     read_media(arguments)  # before the connection: a file that is not there needs no server
-    with Client(arguments.address) as client:
+    with preprocess_client(arguments.address) as client:
         return client.plan(read_input(arguments, find_placeholders(client) if arguments.chat else {}))
 
 

@@ -18,6 +18,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from diptych.service import background
 from diptych.service.errors import DiptychError, UnavailableError
 from diptych.service.interceptor import ErrorInterceptor, HandlerCache
 from diptych.service.telemetry import Telemetry
@@ -135,7 +136,8 @@ async def running(service: Service, grace: float = 0.0) -> AsyncIterator[Service
 async def serve(service: Service, grace: float, announce: Callable[[str], None] | None = None) -> int:
     """Run a service until SIGINT, SIGTERM or its failure; returns the exit code.
 
-    0 after SIGTERM, 130 after SIGINT (Ctrl-C), 1 after a failure.
+    0 after SIGTERM, 130 after SIGINT (Ctrl-C), 1 after a failure. A SIGINT after either of them takes what is left of
+    the grace period away and leaves the code as it is.
     """
     stopped = _Stopped()
     gc.disable()  # to look through modules while they are imported takes a fifth of that time, and finds nothing
@@ -156,8 +158,23 @@ async def serve(service: Service, grace: float, announce: Callable[[str], None] 
             stop.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await start
-            await service.drain(grace)
+            await _drain(service, grace, stopped)
             await service.stop()
+
+
+async def _drain(service: Service, grace: float, stopped: _Stopped) -> None:
+    """Once nobody wants to wait any longer, running requests are ended as at the end of the grace period."""
+    drain, hurry = asyncio.create_task(service.drain(grace)), asyncio.create_task(stopped.hurry.wait())
+    await asyncio.wait((drain, hurry), return_when=asyncio.FIRST_COMPLETED)
+    hurry.cancel()
+    if drain.done():
+        drain.result()
+        return
+    LOG.info("stopping: not draining any longer")
+    drain.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await drain
+    await service.drain(0.0)
 
 
 async def _fails_before_stop(service: Service, stop: asyncio.Task[bool]) -> bool:
@@ -172,8 +189,17 @@ async def _fails_before_stop(service: Service, stop: asyncio.Task[bool]) -> bool
 
 
 def run_service(make: Callable[[], Service], grace: float) -> int:
-    """Make and run a service in a fresh event loop; errors at boot go to standard error as `STATUS_NAME: message`."""
+    """Make and run a service in a fresh event loop; errors at boot go to standard error as `STATUS_NAME: message`.
 
+    A boot that is given up while it imports ends the process here and now.
+    """
+    code = _run_to_end(make, grace)
+    if background.is_busy():
+        background.end_process(code)
+    return code
+
+
+def _run_to_end(make: Callable[[], Service], grace: float) -> int:
     async def main() -> int:
         return await serve(make(), grace)
 
@@ -189,13 +215,23 @@ def run_service(make: Callable[[], Service], grace: float) -> int:
 
 
 class _Stopped(asyncio.Event):
-    """Set by a signal; knows the exit code that the signal asks for."""
+    """Set by the first signal; knows the exit code that it asks for, and whether another one asks for hurry.
+
+    SIGTERM does not: a supervisor may send one to the whole process group and whoever started this process another.
+    """
 
     exit_code = 0
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.hurry = asyncio.Event()
+
     def set_by(self, number: signal.Signals) -> None:
-        if not self.is_set() and number == signal.SIGINT:
-            self.exit_code = 130
+        is_interrupt = number == signal.SIGINT
+        if not self.is_set():
+            self.exit_code = 130 if is_interrupt else 0
+        elif is_interrupt:
+            self.hurry.set()
         self.set()
 
 

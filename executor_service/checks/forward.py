@@ -11,7 +11,7 @@ from torch import Tensor
 from executor_service.checks.features import make_item
 from executor_service.checks.prompts import Prompt, make_prompt, make_prompts, unlike_items
 from executor_service.checks.recorder import Answer, Run
-from executor_service.checks.reference import decoder_logits, reference_logits
+from executor_service.checks.reference import MODALITY_TYPES, decoder_logits, reference_logits
 from executor_service.checks.trial import CPU, Trial, Trials, suitable_threads
 from executor_service.engine.item_encoder import ItemEncoder
 from registry.checks import Findings
@@ -86,17 +86,23 @@ def _before_items(trial: Trial, prompt: Prompt, answer: Answer) -> Answer:
 def _expected_logits(trial: Trial, prompt: Prompt, token_ids: list[int]) -> Tensor:
     """Pictures through transformers' own processor and tower; for other items the features are ours."""
     assert trial.load_reference is not None
-    model = trial.load_reference()
+    model, types = trial.load_reference(), _modality_types(trial, prompt, len(token_ids))
     if all(item.modality == "image" for item in prompt.items):
-        return reference_logits(model, trial.family.ctx, token_ids, prompt.items)
+        return reference_logits(model, trial.family.ctx, token_ids, types, prompt.items)
     items = [make_item(trial, item, place) for item, place in zip(prompt.items, prompt.placeholders, strict=True)]
-    is_feature = torch.zeros(len(token_ids), dtype=torch.bool)
-    for item in items:
-        is_feature[item.placeholder.offset : item.placeholder.end] = torch.from_numpy(item.layout.feature_mask)
     with torch.inference_mode():
         ItemEncoder(trial.model, CPU, trial.dtype).encode(items)
     features = [item.features for item in items if item.features is not None]
-    return decoder_logits(model, torch.tensor(token_ids), is_feature, torch.cat(features))
+    return decoder_logits(model, torch.tensor(token_ids), types, torch.cat(features))
+
+
+def _modality_types(trial: Trial, prompt: Prompt, length: int) -> Tensor:
+    """Which of the first `length` tokens are features, and of what: as transformers' processors mark them."""
+    types = torch.zeros(length, dtype=torch.int64)
+    for item, place in zip(prompt.items, prompt.placeholders, strict=True):
+        is_feature = torch.from_numpy(trial.family.layout(item.info).feature_mask)
+        types[place.offset : place.end] = is_feature * MODALITY_TYPES[item.modality]
+    return types
 
 
 def _check_greedy(

@@ -40,8 +40,9 @@ SWITCH_SECONDS: Final = 0.0005
 def main(argv: list[str]) -> int:
     """Boot and run; 0 after a Shutdown or when the front has gone. It ends the process if it fails, having said why."""
     connection_fd, arena_fd, arena_bytes = (int(argument) for argument in argv)
-    # Ctrl-C reaches the whole process group; the front decides when the engine stops.
+    # Ctrl-C reaches the whole process group; the front decides when the engine stops. It had the signal blocked so far.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     faulthandler.register(signal.SIGUSR1)  # shows where all threads are
     connection = Connection(connection_fd)
     arena = memoryview(mmap.mmap(arena_fd, arena_bytes))

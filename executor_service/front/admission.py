@@ -20,6 +20,7 @@ from diptych.service.errors import (
     LimitExceededError,
 )
 from diptych.service.media_errors import from_media_error
+from diptych.service.request_ids import check_request_id
 from diptych.service.sampling import check_sampling
 from diptych.v1 import executor_pb2, tensor_pb2
 from diptych.wire.media import media_info_from_proto
@@ -30,7 +31,6 @@ from registry import ItemLayout, MediaInfo, PlaceholderRange, TensorSpec
 from registry.errors import MediaError, RegistryError
 from registry.family import ModelFamily
 
-MAX_REQUEST_ID_LENGTH: Final = 128
 DIGEST_BYTES: Final = 32
 _FACTS: Final = {
     "image": ("height", "width"),
@@ -87,7 +87,7 @@ class Admission:
     def admit(self, start: executor_pb2.Start) -> AdmittedRequest:
         """The request, or the DiptychError it is refused with."""
         self._check_fingerprint(start.fingerprint)
-        _check_request_id(start.request_id)
+        check_request_id(start.request_id)
         # Counted before anything walks over them: a message may hold millions.
         self._check_length(len(start.prompt_token_ids))
         token_ids = np.fromiter(start.prompt_token_ids, dtype=np.int64, count=len(start.prompt_token_ids))
@@ -286,16 +286,6 @@ class Admission:
             logit_bias=tuple(sorted(params.logit_bias.items())),
             min_tokens=params.min_tokens,
             bad_words=tuple({tuple(sequence.token_ids): None for sequence in params.bad_words}),
-        )
-
-
-def _check_request_id(request_id: str) -> None:
-    if len(request_id) > MAX_REQUEST_ID_LENGTH:
-        raise LimitExceededError(
-            f"request_id has {len(request_id)} characters; at most {MAX_REQUEST_ID_LENGTH} are allowed",
-            stage="admit",
-            limit=MAX_REQUEST_ID_LENGTH,
-            actual=len(request_id),
         )
 
 

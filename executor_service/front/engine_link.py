@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -154,11 +155,19 @@ class EngineLink:
 
 
 def _spawn(module: str, connection_fd: int, arena: Arena) -> subprocess.Popen[bytes]:
-    """The engine imports what this process can import; its prints go where logs go."""
-    return subprocess.Popen(  # noqa: S603 - our own module
-        [sys.executable, "-m", module, str(connection_fd), str(arena.fd), str(arena.num_bytes)],
-        pass_fds=(connection_fd, arena.fd),
-        stdin=subprocess.DEVNULL,
-        stdout=sys.stderr.fileno(),
-        env={**ENVIRONMENT, **os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-    )
+    """The engine imports what this process can import; its prints go where logs go.
+
+    SIGINT is blocked in it from its first instruction on: Ctrl-C reaches the whole process group, and would be a
+    traceback in its imports.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return subprocess.Popen(  # noqa: S603 - our own module
+            [sys.executable, "-m", module, str(connection_fd), str(arena.fd), str(arena.num_bytes)],
+            pass_fds=(connection_fd, arena.fd),
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr.fileno(),
+            env={**ENVIRONMENT, **os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

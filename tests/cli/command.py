@@ -34,8 +34,9 @@ def started(*arguments: object, **options: Any) -> Iterator[subprocess.Popen[str
     finally:
         process.terminate()
         process.wait(60)
-        assert process.stdout is not None
-        process.stdout.close()
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 def address_of(process: subprocess.Popen[str]) -> str:

@@ -18,6 +18,7 @@ from executor_service.checks import trial
 from executor_service.checks.forward import _before_items
 from executor_service.checks.prompts import Prompt
 from executor_service.checks.recorder import Answer, Run
+from executor_service.checks.reference import _type_arguments
 from registry import InputContext, MediaInfo, MediaItem
 from registry.checks import prompt as prompt_checks
 from registry.families import open_family
@@ -89,9 +90,12 @@ class TestWholeFamilies:
         assert "transformers does not know the architecture" in stage(report, "forward")["detail"]
         assert stage(report, "transformers' processor")["skipped"] is True
 
-    @pytest.mark.parametrize("name", ["qwen2_audio", "video_llava", "patchwork"])
+    @pytest.mark.parametrize("name", ["qwen2_audio", "video_llava", "patchwork", "gemma3"])
     def test_plugins_of_other_kinds(self, name: str, tmp_path: Path, report_of) -> None:
-        """Audio; pictures and video; and a family in one file with a decoder of its own."""
+        """Audio; pictures and video; a family in one file with a decoder of its own.
+
+        And pictures whose tokens see each other, of which transformers is told by marks on them.
+        """
         getattr(plugin_checkpoints, f"make_{name}")(tmp_path)
         report = report_of(tmp_path, f"tests.plugins.{name}")
         assert failed(report) == []
@@ -99,8 +103,23 @@ class TestWholeFamilies:
             "qwen2_audio": "2 prompts alone and in chunks, against transformers in float64 (audio with our features)",
             "video_llava": "5 prompts alone and in chunks, against transformers in float64 (video with our features)",
             "patchwork": "3 prompts alone and in chunks, transformers does not know the architecture",
+            "gemma3": "3 prompts alone and in chunks, against transformers in float64; the checkpoint's weights",
         }
         assert stage(report, "forward")["detail"].startswith(expected[name])
+
+    @pytest.mark.parametrize(
+        ("parameter", "names"),
+        [
+            ("mm_token_type_ids", ["mm_token_type_ids"]),
+            ("token_type_ids", ["token_type_ids"]),
+            ("token_type_ids, mm_token_type_ids", ["mm_token_type_ids"]),
+            ("attention_mask", []),
+        ],
+    )
+    def test_marks_go_by_the_name_that_the_model_has_for_them(self, parameter: str, names: list[str]) -> None:
+        model = SimpleNamespace(forward=eval(f"lambda input_ids, {parameter}: None"))
+        marks = _type_arguments(model, torch.tensor([0, 1]))
+        assert {name: value.tolist() for name, value in marks.items()} == {name: [[0, 1]] for name in names}
 
     @pytest.mark.parametrize("more", [0, 1])
     def test_a_processor_that_counts_separators(self, more: int, tmp_path: Path, report_of, monkeypatch) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from diptych.client import Client, Prompt, RequestError
 from tests.checkpoints import make_llava_checkpoint
 from tests.cli.command import address_of, descendants, diptych, is_alive, started
 from tests.tiny_checkpoint import encoded, picture
@@ -145,6 +147,40 @@ def test_stopping_while_booting(model: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
         assert_all_gone(below)
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_stopping_does_not_wait_for_imports(model: Path, number: signal.Signals, exit_code: int) -> None:
+    """Here they have no end, in either service; that requests would be given time to end is no reason to wait."""
+    flags = (*FLAGS, "--plugin", "tests.plugins.endless", "--grace-period", 600)
+    with started("serve", "--model", model, *flags, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        for _ in range(3):  # the preprocess service, the executor and its engine
+            assert "endless import" in process.stderr.readline()
+        below = descendants(process.pid)
+        process.send_signal(number)
+        assert process.wait(60) == exit_code
+        assert_all_gone(below)
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_ctrl_c_while_draining_ends_at_once(model: Path) -> None:
+    """Both services are told; an answer that has still time to go on is cut off."""
+    flags = (*FLAGS, "--max-model-len", 2048, "--check-integrity", "--grace-period", 600, "--log-level", "info")
+    with started("serve", "--model", model, *flags, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        with Client(address_of(process)) as client:
+            answer = client.stream(Prompt("a b"), max_tokens=2000, ignore_eos=True)
+            next(answer)
+            below = descendants(process.pid)
+            process.terminate()
+            assert any("stopping: draining" in line for line in process.stderr)
+            process.send_signal(signal.SIGINT)
+            with pytest.raises(RequestError):
+                list(answer)
+        assert process.wait(60) == 0
+        assert_all_gone(below)
+        assert "Traceback" not in process.stderr.read()
 
 
 def assert_all_gone(pids: list[int], seconds: float = 20.0) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -116,6 +116,30 @@ async def test_a_deadline_of_0_is_one(address: str) -> None:
         with pytest.raises(RequestError) as caught:
             await anext(client.stream(Prompt("words"), timeout=0))
     assert caught.value.code == "DEADLINE_EXCEEDED"
+
+
+async def test_a_deadline_of_0_is_one_for_the_synchronous_client(address: str) -> None:
+    """Also where it is the client's default: no call goes without one. (What is answered at once may be in time.)"""
+
+    def ask() -> list[str]:
+        with Client(address) as client, Client(address, timeout=0) as hasty:
+            calls = (
+                lambda: next(client.stream(Prompt("words"), timeout=0)),
+                lambda: client.generate(Prompt("words"), timeout=0),
+                lambda: next(hasty.stream(Prompt("words"))),
+                lambda: hasty.generate(Prompt("words")),
+                lambda: hasty.process(Prompt("words")),
+                lambda: hasty.plan(Prompt("words")),
+            )
+            return [code_of(call) for call in calls]
+
+    assert set(await asyncio.to_thread(ask)) == {"DEADLINE_EXCEEDED"}
+
+
+def code_of(call: Callable[[], object]) -> str:
+    with pytest.raises(RequestError) as caught:
+        call()
+    return caught.value.code
 
 
 def test_both_clients_have_the_same_methods() -> None:

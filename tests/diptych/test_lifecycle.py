@@ -7,9 +7,11 @@ import gc
 import os
 import signal
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from diptych.service.lifecycle import run_service
+from diptych.service.lifecycle import GrpcFrame, run_service
 
 
 class Booting:
@@ -46,3 +48,26 @@ def test_what_a_boot_has_made_is_not_looked_through_for_garbage(capsys: pytest.C
         gc.unfreeze()
     assert capsys.readouterr().out == "listening on 127.0.0.1:1\n"
     assert service.is_looked_at is False
+
+
+async def test_watchers_hear_that_a_server_stops_before_it_is_gone() -> None:
+    """Of the service and of the process: their streams end behind it."""
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    frame = GrpcFrame("127.0.0.1", 0, "a.Service")
+    async with grpc.aio.insecure_channel(await frame.start()) as channel:
+        await frame.set_serving(True)
+        stub = health_pb2_grpc.HealthStub(channel)
+        watched = [stub.Watch(health_pb2.HealthCheckRequest(service=name), timeout=60) for name in ("a.Service", "")]
+        assert [(await watch.read()).status for watch in watched] == [serving, serving]
+        await frame.stop(30.0)
+        assert [(await watch.read()).status for watch in watched] == [not_serving, not_serving]
+
+
+async def test_a_taken_port_is_told_with_what_to_do() -> None:
+    first = GrpcFrame("127.0.0.1", 0, "a.Service")
+    address = await first.start()
+    second = GrpcFrame("127.0.0.1", int(address.rpartition(":")[2]), "a.Service")
+    with pytest.raises(OSError, match=f"^cannot listen on {address}: ") as caught:
+        await second.start()
+    assert str(caught.value).endswith("; if another program has the port, take another (0: any free one)")
+    await first.stop(0)

@@ -1,4 +1,4 @@
-"""Boot that cannot work says why; an engine that dies takes nobody along silently; stopping drains."""
+"""Boot that cannot work says why; an engine that dies takes nobody along silently."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import os
 import pickle
 import re
 import signal
-import subprocess
-import sys
+import socket
 import time
 from pathlib import Path
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from diptych.service.errors import UnavailableError
 from diptych.service.lifecycle import CHANNEL_OPTIONS
@@ -34,8 +33,8 @@ from executor_service.engine.messages import (
 from executor_service.server import ExecutorServer
 from executor_service.settings import ExecutorSettings
 from registry.errors import CheckpointError
-from registry.fingerprint import fingerprint
 from tests.checkpoints import make_llava_checkpoint
+from tests.executor_service.commands import Command, booting, health, planner_of
 from tests.executor_service.conftest import boot_engine
 from tests.executor_service.peer import Peer, Planner, model_facts
 from tests.services import service_thread
@@ -95,56 +94,22 @@ def test_not_a_checkpoint(tmp_path) -> None:
 
 
 def test_a_taken_port(checkpoint) -> None:
-    with service_thread(lambda: ExecutorServer(ExecutorSettings(model=checkpoint, port=0))) as (server, _):
-        port = int(server.address.rpartition(":")[2])
-        second = ExecutorSettings(model=checkpoint, port=port)
-        with pytest.raises(OSError, match="cannot listen on"), service_thread(lambda: ExecutorServer(second)):
-            pass
-
-
-class Command:
-    """`diptych executor` as a user runs it."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "diptych.cli.main", "executor", "--model", str(checkpoint), "--port", "0",
-             "--limit-mm-per-prompt", "image=4", "--check-integrity"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self.address = self.process.stdout.readline().removeprefix("listening on ").strip()
-
-    def __enter__(self) -> Command:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def engine_pid(self) -> int:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return next(int(pid) for pid in children if b"engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes())
-
-    def engine_stacks(self) -> str:
-        """What the engine process says of its threads, up to the main thread's first call."""
-        os.kill(self.engine_pid(), signal.SIGUSR1)
-        lines = [self.process.stderr.readline()]
-        while "_run_module_as_main" not in lines[-1]:
-            lines.append(self.process.stderr.readline())
-            assert lines[-1], lines
-        return "".join(lines)
-
-
-def health(channel: grpc.Channel, service: str) -> int:
-    return health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service)).status
+    """Whoever gives the command reads which one, and what to do about it; no engine is left behind."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with booting(checkpoint, "--port", str(port)) as process:
+            output, errors = process.communicate(timeout=60)
+    assert (output, process.returncode) == ("", 1)
+    last = errors.splitlines()[-1]
+    assert last.startswith(f"UNAVAILABLE: cannot listen on 127.0.0.1:{port}: "), errors
+    assert last.endswith("; if another program has the port, take another (0: any free one)")
 
 
 @pytest.fixture
 def planner(checkpoint) -> Planner:
-    from registry import InputContext, MediaLimits
-    from registry.families import bind_family
-
-    family = bind_family(InputContext.from_checkpoint(checkpoint, MediaLimits({"image": 4})))
-    return Planner(family, fingerprint(family).digest)
+    return planner_of(checkpoint)
 
 
 def test_the_engines_death_ends_every_request_and_the_process(checkpoint, planner) -> None:
@@ -163,24 +128,6 @@ def test_the_engines_death_ends_every_request_and_the_process(checkpoint, planne
                 assert answer.code is grpc.StatusCode.UNAVAILABLE
                 assert "the engine process ended with exit code -9" in answer.status.message
         assert command.process.wait(10) == 1
-
-
-def test_sigterm_drains(checkpoint, planner) -> None:
-    """A running request is answered to its end; the engine process does not outlive the command."""
-    with Command(checkpoint) as command, grpc.insecure_channel(command.address, options=CHANNEL_OPTIONS) as channel:
-        engine = command.engine_pid()
-        with Peer(channel) as peer:
-            peer.start(1, planner.plan("go", sizes=(), max_tokens=60))
-            while 1 not in peer.answers or not peer.answers[1].tokens:
-                peer.read()
-            command.process.send_signal(signal.SIGTERM)
-            time.sleep(0.05)
-            peer.start(2, planner.plan("too late", sizes=()))
-            late, early = peer.finish(2), peer.finish(1)
-            assert late.code is grpc.StatusCode.UNAVAILABLE
-            assert len(early.tokens) == 60
-        assert command.process.wait(10) == 0
-        assert not Path(f"/proc/{engine}").exists()
 
 
 def test_a_killed_front_takes_the_engine_along(checkpoint) -> None:
@@ -216,22 +163,6 @@ def test_overload_is_refused_with_a_delay(checkpoint, planner) -> None:
         assert (answer.facts["limit"], answer.facts["retryable"]) == ("2", "true")
         assert len(answer.status.details) == 2
         assert model_facts(channel).architecture == "LlavaForConditionalGeneration"
-
-
-def test_stopping_while_booting(checkpoint) -> None:
-    """Ctrl-C before SERVING ends the command quietly and leaves no engine behind."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "diptych.cli.main", "executor", "--model", str(checkpoint), "--port", "0"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    for line in process.stderr:
-        if "load_config" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=20)
-    assert output == ""
-    assert "Traceback" not in errors
-    assert process.returncode in (0, 130)
 
 
 def test_an_event_loop_is_all_a_service_needs(checkpoint) -> None:

@@ -11,7 +11,7 @@ from transformers.image_utils import load_image
 
 from diptych.service.errors import InvalidInputError
 from preprocess_service.media.decode import decode_image, use_our_limits
-from preprocess_service.media.headers import probe_image
+from preprocess_service.media.headers import HeaderError, probe_image
 from preprocess_service.requests import PlannedItem
 from registry import ItemLayout, MediaInfo, PlaceholderRange, Run
 from tests.tiny_checkpoint import encoded, picture
@@ -99,3 +99,24 @@ def test_no_pixel_of_another_size_is_loaded(monkeypatch: pytest.MonkeyPatch) -> 
 def test_sides_swapped_are_not_the_same_size() -> None:
     with pytest.raises(InvalidInputError, match="decodes to 20x10 pixels, its header says 10x20"):
         decode_image(planned(encoded(picture(10, 20)), 20, 10), 0)
+
+
+@pytest.mark.parametrize("other", ["GIF", "JPEG", "PPM", "ICO", "JPEG2000"])
+def test_only_the_format_of_the_header_is_decoded(other: str) -> None:
+    """Pillow could read it all the same, by a parser that nobody has asked for."""
+    item, data = planned(encoded(picture(16, 16))), encoded(picture(16, 16), other)
+    assert Image.open(BytesIO(data)).size == (16, 16)
+    disguised = PlannedItem(item.info, item.layout, item.placeholder, item.file_format, None, data)
+    expected = "item 3: the PNG image cannot be decoded: its data is not what its header says"
+    with pytest.raises(InvalidInputError, match=expected) as caught:
+        decode_image(disguised, 3)
+    assert (caught.value.stage, caught.value.item) == ("decode", 3)
+
+
+@pytest.mark.parametrize("other", ["PPM", "TGA", "ICO", "JPEG2000"])
+def test_what_pillow_reads_beyond_the_supported_formats(other: str) -> None:
+    data = encoded(picture(16, 16), other)
+    assert Image.open(BytesIO(data)).size == (16, 16)
+    named = {"ICO": "found ICO", "JPEG2000": "found JPEG 2000"}.get(other, "found ")
+    with pytest.raises(HeaderError, match=f"not a supported image: {named}.*; supported formats: .*PNG"):
+        probe_image(data)
