@@ -138,9 +138,10 @@ def _launch(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual:
     bias, residual = (None if tensor is None else tensor.contiguous() for tensor in (bias, residual))
     is_aligned = not any(tensor.data_ptr() % 16 for tensor in (x, weight, residual) if tensor is not None)
     shape = Shape(kind, rows, out.shape[1], width, x.dtype, weight.device.index)
-    if is_aligned and rows > fewest_rows(shape.device) and small_linear_tiles.takes(shape):
+    is_streamed, has_tiles = is_aligned and _streams(rows, weight), is_aligned and small_linear_tiles.takes(shape)
+    if has_tiles and not (is_streamed and rows <= fewest_rows(shape.device)):
         launch = small_linear_tiles.launcher(shape)
-    elif is_aligned and _streams(rows, weight):
+    elif is_streamed:
         launch = _streaming(kind, rows, out.shape[1], width, x.dtype, weight.device.index)
     else:
         access = "wide" if is_aligned and is_wide(x.dtype, width) else "single"

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from executor_service.kernels import image_patches as module
 from executor_service.kernels.image_patches import MAX_DIVIDED, Divisor, image_patches
 from executor_service.kernels.normalize import normalize
+from tests.executor_service.host_kernels import needs_compiler
+from tests.executor_service.launch_recorder import meta, recorded
 
 
 @settings(max_examples=30)
@@ -52,6 +54,7 @@ def test_any_two_numbers_are_divided_exactly(value: int, number: int) -> None:
     assert number * Divisor(value).reciprocal >> 32 == number // value
 
 
+@needs_compiler
 @given(
     st.sampled_from([torch.float32, torch.bfloat16]), st.integers(1, 4), st.integers(1, 40), st.integers(1, 800),
     st.sampled_from([2, 3, 7, 8, 14, 16, 28]), st.integers(0, 40),
@@ -60,23 +63,27 @@ def test_the_wide_kernel_gets_what_it_can_take(
     dtype: torch.dtype, num_channels: int, rows: int, width: int, patch: int, padding: int
 ) -> None:
     """Whole packs everywhere, an odd number of them from row to row, room for all, and nothing divided by 1."""
-    asked: dict[str, int] = {}
     columns, count = num_channels * patch**2 + padding, 16 // dtype.itemsize
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(module, "kernel", lambda *_, shared_bytes, is_dependent: asked.update(bytes=shared_bytes))
-        module._wide_variant.cache_clear()
-        variant = module._wide_variant(dtype, num_channels, rows * patch, width, patch, columns)
-        module._wide_variant.cache_clear()
-    if variant is None:
+    tiles = meta(1, num_channels, rows * patch, width, dtype=torch.uint8)
+    with recorded() as launches:
+        module._cuda(tiles, meta(num_channels, 256, dtype=torch.float32), patch, columns, dtype)
+    if width < patch:
+        assert not launches
+        return
+    (launch,) = launches
+    if "shape" not in launch.arguments:
         assert width % 16 or width < 32 or patch % 2 or columns % count or columns < 2 * count or columns > 512 * count
         return
-    _, threads, shape = variant
+    shape = launch["shape"]
     assert (width % 16, patch % 2, columns % count) == (0, 0, 0)
+    assert [getattr(shape, name) for name in ("num_channels", "height", "width", "columns")] == [
+        num_channels, rows * patch, width, columns,
+    ]  # fmt: skip
     assert shape.pitch >= width
     assert shape.pitch % 32 == 16
-    assert asked["bytes"] == num_channels * (256 * dtype.itemsize + patch * shape.pitch) <= 96 * 1024
-    assert threads <= 512
-    assert threads % (columns // count) == 0
+    assert launch.shared_bytes == num_channels * (256 * dtype.itemsize + patch * shape.pitch) <= 96 * 1024
+    assert launch.block % (columns // count) == 0
+    assert launch.grid == (rows, 1, 1)
     values = [getattr(shape, name).value for name in ("patch", "packs", "row_packs", "channel_packs")]
     assert values == [patch, columns // count, width // 16, width // 16 * patch]
     assert min(values) > 1
